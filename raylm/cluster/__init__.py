@@ -1,0 +1,1 @@
+"""The cluster file: where settings live and what the machines can carry."""

@@ -1,0 +1,25 @@
+"""The errors a user can cause. Each says which file, key or row, what was found, and what would be right."""
+
+
+class RaylmError(Exception):
+    """A failure the user can mend. The command line prints its text alone and exits with 1."""
+
+
+class SettingsError(RaylmError):
+    """A cluster file, an overlay or `--set` says something that raylm does not understand."""
+
+
+class InputError(RaylmError):
+    """A file or row to read is missing, malformed or not of the expected kind."""
+
+
+class ArtifactError(RaylmError):
+    """An artifact on storage (tokens, run, model) is absent, unfinished or not what it claims to be."""
+
+
+class OutputError(RaylmError):
+    """A place to write to is read-only, full or already taken."""
+
+
+class TrainingError(RaylmError):
+    """Training cannot start or go on: too few workers, a diverged loss, a failed worker group."""

@@ -1,0 +1,100 @@
+"""Scores of generated text against references: chrF and BLEU (sacreBLEU), ROUGE, exact match, perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def chrf(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
+    """Corpus chrF2, 0…100 (Popović 2015), with sacreBLEU's signature."""
+    from sacrebleu.metrics import CHRF
+
+    metric = CHRF()
+    score = metric.corpus_score(list(predictions), [list(references)]).score
+    return {"chrf": round(score, 2), "chrf_signature": str(metric.get_signature())}
+
+
+def bleu(predictions: Sequence[str], references: Sequence[str], to: str | None = None) -> dict[str, Any]:
+    """Corpus BLEU-4, 0…100 (Papineni et al. 2002; Post 2018), with sacreBLEU's signature.
+
+    :param to: the language of the references; Chinese is split into characters, Japanese and Korean likewise.
+    """
+    from sacrebleu.metrics import BLEU
+
+    language = (to or "").replace("_", "-").split("-")[0]
+    tokenize = {"zh": "zh", "ja": "char", "ko": "char"}.get(language, "13a")
+    metric = BLEU(tokenize=tokenize)
+    score = metric.corpus_score(list(predictions), [list(references)]).score
+    return {"bleu": round(score, 2), "bleu_signature": str(metric.get_signature())}
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
+    """Share of predictions equal to their reference, in percent."""
+    hits = sum(a == b for a, b in zip(predictions, references, strict=True))
+    return {"exact_match": round(100 * hits / max(len(references), 1), 2)}
+
+
+def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
+    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L, 0…100 (Lin 2004), stemmed; CJK text is scored by character."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    kinds = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(kinds, use_stemmer=True, tokenizer=_RougeTokenizer())
+    totals = dict.fromkeys(kinds, 0.0)
+    for prediction, reference in zip(predictions, references, strict=True):
+        for kind, score in scorer.score(reference, prediction).items():
+            totals[kind] += score.fmeasure
+    return {kind: round(100 * total / max(len(references), 1), 2) for kind, total in totals.items()}
+
+
+class _RougeTokenizer:
+    """ROUGE's own tokens for alphabetic text, and single characters for scripts without spaces.
+
+    The reference tokenizer deletes everything but a-z and 0-9, so that Chinese text would score nothing.
+    """
+
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self._default = DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        if text.isascii():
+            return list(self._default.tokenize(text))
+        spaced = "".join(f" {c} " if _is_unspaced(c) else c for c in text.lower())
+        tokens: list[str] = []
+        for word in spaced.split():
+            if word.isascii():
+                tokens += self._default.tokenize(word)
+            else:
+                kept = "".join(c for c in word if c.isalnum())
+                tokens += [kept] if kept else []
+        return tokens
+
+
+def _is_unspaced(character: str) -> bool:
+    """Whether a character belongs to a script that is written without spaces (CJK, kana)."""
+    return "\u3040" <= character <= "\u30ff" or "\u3400" <= character <= "\u9fff" or character >= "\U00020000"
+
+
+def perplexity(mean_loss: float) -> float:
+    """exp of a mean cross entropy in nats per token; infinite where that overflows."""
+    return math.exp(mean_loss) if mean_loss < 700 else math.inf
+
+
+def score(
+    names: Sequence[str], predictions: Sequence[str], references: Sequence[str], to: str | None = None
+) -> dict[str, Any]:
+    """The named scores of predictions against references of the same length."""
+    scores: dict[str, Any] = {}
+    if "chrf" in names:
+        scores |= chrf(predictions, references)
+    if "bleu" in names:
+        scores |= bleu(predictions, references, to)
+    if "exact_match" in names:
+        scores |= exact_match(predictions, references)
+    if any(name.startswith("rouge") for name in names):
+        scores |= rouge(predictions, references)
+    return scores

@@ -1,0 +1,198 @@
+"""Hugging Face models and tokenizers: built from presets by family and size, or loaded from an id or a directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from raylm.errors import ArtifactError
+from raylm.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+Architecture = Literal["encoder-decoder", "decoder", "encoder"]
+
+# (width, layers, feed-forward width, heads); an encoder-decoder has two thirds of its layers in the encoder at
+# `tiny` and half above. Widths are multiples of 16 from `small` on, as tensor cores want them.
+_SIZES: dict[str, tuple[int, int, int, int]] = {
+    "tiny": (144, 3, 512, 4),
+    "small": (256, 6, 1_024, 8),
+    "base": (512, 6, 2_048, 8),
+    "large": (1_024, 12, 4_096, 16),
+}
+_TINY_DECODER_LAYERS = 2
+MAX_POSITIONS = 1_024
+
+
+def build_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+    """The Hugging Face config of a preset, for a tokenizer whose `<pad>` is its last id.
+
+    No dropout by default: a run over fresh text does not overfit, and dropout costs a third on CPUs. Every value
+    can be overridden through `model.config`.
+    """
+    import transformers
+
+    width, layers, ffn, heads = _SIZES[settings.size]
+    decoder_layers = _TINY_DECODER_LAYERS if settings.size == "tiny" else layers
+    vocabulary: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    classes: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+        "marian": (
+            transformers.MarianConfig,
+            {
+                "d_model": width,
+                "encoder_layers": layers,
+                "decoder_layers": decoder_layers,
+                "encoder_ffn_dim": ffn,
+                "decoder_ffn_dim": ffn,
+                "encoder_attention_heads": heads,
+                "decoder_attention_heads": heads,
+                "activation_function": "relu",
+                "max_position_embeddings": MAX_POSITIONS,
+                "scale_embedding": True,
+                "dropout": 0.0,
+                "attention_dropout": 0.0,
+                "activation_dropout": 0.0,
+                "share_encoder_decoder_embeddings": True,
+                "tie_word_embeddings": True,
+                # with sinusoidal positions and an embedding scaled by sqrt(width)
+                "init_std": width**-0.5,
+                "decoder_start_token_id": tokenizer.pad_token_id,
+                "forced_eos_token_id": None,
+            },
+        ),
+        "llama": (
+            transformers.LlamaConfig,
+            {
+                "hidden_size": width,
+                "num_hidden_layers": layers + decoder_layers if settings.size == "tiny" else 2 * layers,
+                "intermediate_size": ffn,
+                "num_attention_heads": heads,
+                "num_key_value_heads": max(heads // 2, 1),
+                "max_position_embeddings": MAX_POSITIONS,
+                "tie_word_embeddings": True,
+                "initializer_range": width**-0.5,
+            },
+        ),
+        "bert": (
+            transformers.BertConfig,
+            {
+                "hidden_size": width,
+                "num_hidden_layers": layers,
+                "intermediate_size": ffn,
+                "num_attention_heads": heads,
+                "max_position_embeddings": MAX_POSITIONS,
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+            },
+        ),
+        "t5": (
+            transformers.T5Config,
+            {
+                "d_model": width,
+                "d_kv": width // heads,
+                "d_ff": ffn,
+                "num_layers": layers,
+                "num_decoder_layers": decoder_layers,
+                "num_heads": heads,
+                "dropout_rate": 0.0,
+                "feed_forward_proj": "gated-gelu",
+                "decoder_start_token_id": tokenizer.pad_token_id,
+            },
+        ),
+    }
+    config_class, values = classes[settings.family]
+    return config_class(**(vocabulary | values | settings.config))
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The `transformers` auto class that gives a config its head: seq2seq, causal or masked language model."""
+    import transformers
+
+    classes: dict[Architecture, type[PreTrainedModel]] = {
+        "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
+        "decoder": transformers.AutoModelForCausalLM,
+        "encoder": transformers.AutoModelForMaskedLM,
+    }
+    return classes[architecture(config)]
+
+
+def architecture(config: PretrainedConfig) -> Architecture:
+    """Which of the three shapes of transformer a config describes."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
+
+    if getattr(config, "is_encoder_decoder", False):
+        return "encoder-decoder"
+    if config.model_type in ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "modernbert"):
+        return "encoder"
+    if config.model_type in DECODERS:
+        return "decoder"
+    return "encoder"
+
+
+def build_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
+    """A model with fresh weights that depend on the config and the seed alone."""
+    import torch
+
+    torch.manual_seed(seed)
+    return model_class(config).from_config(config)
+
+
+def load_model(path: str) -> PreTrainedModel:
+    """A pretrained model with its language-model head.
+
+    :param path: a directory in Hugging Face layout, or an id of a hub.
+    :raises ArtifactError: it is neither.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+        return model_class(config).from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(_not_a_model(path, error)) from error
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model or of a prepared corpus.
+
+    :raises ArtifactError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(_not_a_model(path, error)) from error
+
+
+def check_model_directory(path: str | os.PathLike[str]) -> Path:
+    """The directory of a finished model.
+
+    :raises ArtifactError: it is missing, or lacks a config or weights.
+    """
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        raise ArtifactError(f"model {directory}: there is no such directory")
+    if not (directory / "config.json").is_file():
+        raise ArtifactError(f"model {directory}: not a model directory, config.json is missing")
+    weights = [*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")]
+    if not weights:
+        raise ArtifactError(f"model {directory}: not a model directory, there are no *.safetensors weights")
+    return directory
+
+
+def parameter_count(model: PreTrainedModel) -> int:
+    """Trainable values, tied weights counted once, ZeRO-3's parted ones whole."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+
+
+def _not_a_model(path: str, error: Exception) -> str:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"model {path}: cannot be loaded by transformers: {first_line}"

@@ -1,0 +1,319 @@
+"""Paths on any pyarrow filesystem, atomic publishing, and the manifest that makes a directory an artifact."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import xxhash
+from pyarrow import fs
+
+from raylm import __version__
+from raylm.errors import ArtifactError, OutputError
+
+MANIFEST = "manifest.json"
+_COPY_BYTES = 8 << 20
+
+
+@lru_cache(maxsize=64)
+def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    if "://" in uri:
+        filesystem, path = fs.FileSystem.from_uri(uri)
+        return filesystem, path
+    return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+
+
+@dataclass(frozen=True)
+class StoragePath:
+    """A place on local disk or on any filesystem that pyarrow opens (`s3://…`, `gs://…`, `hdfs://…`)."""
+
+    uri: str
+
+    @property
+    def filesystem(self) -> fs.FileSystem:
+        return _filesystem(self.uri)[0]
+
+    @property
+    def path(self) -> str:
+        """The path as its filesystem wants it."""
+        return _filesystem(self.uri)[1]
+
+    @property
+    def name(self) -> str:
+        return self.uri.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def parent(self) -> StoragePath:
+        head, slash, _ = self.uri.rstrip("/").rpartition("/")
+        return StoragePath(head if slash else ".")
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    def __truediv__(self, part: str) -> StoragePath:
+        return StoragePath(f"{self.uri.rstrip('/')}/{part}")
+
+    def __str__(self) -> str:
+        return self.path if self.is_local else self.uri
+
+    def local(self) -> Path:
+        """The same place as a `pathlib.Path`; only for local storage."""
+        if not self.is_local:
+            raise ValueError(f"{self.uri} is not a local path")
+        return Path(self.path)
+
+    # ------------------------------------------------------------------------------------- looking
+
+    def info(self) -> fs.FileInfo:
+        return self.filesystem.get_file_info(self.path)
+
+    def is_file(self) -> bool:
+        return bool(self.info().type == fs.FileType.File)
+
+    def is_dir(self) -> bool:
+        return bool(self.info().type == fs.FileType.Directory)
+
+    def list(self, recursive: bool = False) -> list[tuple[StoragePath, fs.FileInfo]]:
+        """The entries of this directory in the order of their paths; empty where there is no directory."""
+        selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
+        infos = sorted(self.filesystem.get_file_info(selector), key=lambda info: info.path)
+        root = self.path.rstrip("/")
+        return [(self / info.path[len(root) + 1 :], info) for info in infos]
+
+    # ----------------------------------------------------------------------------- reading, writing
+
+    def read_bytes(self) -> bytes:
+        with self.filesystem.open_input_stream(self.path) as stream:
+            return bytes(stream.read())
+
+    def read_json(self) -> Any:
+        return json.loads(self.read_bytes())
+
+    def open_input(self) -> pa.NativeFile:
+        return self.filesystem.open_input_file(self.path)
+
+    def write_bytes(self, data: bytes) -> None:
+        """Publish a file whole: a reader sees the old content or the new, never a part of it.
+
+        :raises OutputError: the place is read-only or full.
+        """
+        with self.writing() as stream:
+            stream.write(data)
+
+    def write_json(self, value: Any) -> None:
+        self.write_bytes((json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+
+    def writing(self) -> AtomicWriter:
+        """A context that gives a stream and publishes what was written to it when it ends well."""
+        return AtomicWriter(self)
+
+    def mkdir(self) -> StoragePath:
+        """This directory, made with its parents where it was missing.
+
+        :raises OutputError: the place is read-only or full.
+        """
+        try:
+            self.filesystem.create_dir(self.path, recursive=True)
+        except OSError as error:
+            raise OutputError(f"cannot make the directory {self}: {_reason(error)}") from error
+        return self
+
+    def delete(self) -> None:
+        """Remove a file, or a directory with all it holds; nothing happens where there is neither."""
+        kind = self.info().type
+        if kind == fs.FileType.Directory:
+            self.filesystem.delete_dir(self.path)
+        elif kind == fs.FileType.File:
+            self.filesystem.delete_file(self.path)
+
+    def move_to(self, target: StoragePath) -> None:
+        """Rename within one filesystem, replacing a file that is there."""
+        self.filesystem.move(self.path, target.path)
+
+    def upload(self, local_file: Path) -> None:
+        """Publish a local file here."""
+        with local_file.open("rb") as source, self.writing() as sink:
+            while block := source.read(_COPY_BYTES):
+                sink.write(block)
+
+    def download(self, local_file: Path) -> None:
+        """Copy this file to a local one, making its directory."""
+        local_file.parent.mkdir(parents=True, exist_ok=True)
+        with self.filesystem.open_input_stream(self.path) as source, local_file.open("wb") as sink:
+            while block := source.read(_COPY_BYTES):
+                sink.write(block)
+
+    def content_hash(self) -> str:
+        """The xxh3-128 of the file's bytes, in hex."""
+        digest = xxhash.xxh3_128()
+        with self.filesystem.open_input_stream(self.path) as source:
+            while block := source.read(_COPY_BYTES):
+                digest.update(block)
+        return digest.hexdigest()
+
+
+class AtomicWriter:
+    """Writes beside the target and renames at the end; an object store publishes on close by itself."""
+
+    def __init__(self, target: StoragePath) -> None:
+        self._target = target
+        self._written_to = target
+        if target.is_local:
+            self._written_to = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+
+    def __enter__(self) -> pa.NativeFile:
+        try:
+            self._target.filesystem.create_dir(self._target.parent.path, recursive=True)
+            self._stream = self._written_to.filesystem.open_output_stream(self._written_to.path)
+        except OSError as error:
+            raise OutputError(f"cannot write {self._target}: {_reason(error)}") from error
+        return self._stream
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        try:
+            if kind is None:
+                self._stream.close()
+                if self._written_to is not self._target:
+                    self._written_to.move_to(self._target)
+                return
+        except OSError as failure:
+            kind, error = type(failure), failure
+        self._discard()
+        if isinstance(error, OSError):
+            raise OutputError(f"cannot write {self._target}: {_reason(error)}") from error
+
+    def _discard(self) -> None:
+        try:
+            if self._written_to.is_local:
+                self._stream.close()
+                self._written_to.delete()
+            else:
+                self._stream.abort()
+        except (OSError, AttributeError):
+            pass  # what failed was the disk; the first error says so
+
+
+def _reason(error: OSError) -> str:
+    """What the system says, without pyarrow's prefix."""
+    text = os.strerror(error.errno) if error.errno else str(error)
+    return text.splitlines()[0]
+
+
+# ------------------------------------------------------------------------------------------- manifest
+
+
+@dataclass
+class Manifest:
+    """What a finished artifact says of itself; written last, so a directory without one is unfinished."""
+
+    stage: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The resolved settings that made it."""
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """What was read, with fingerprints."""
+    outputs: list[dict[str, Any]] = field(default_factory=list)
+    """Files: name, rows, bytes, hash."""
+    counts: dict[str, Any] = field(default_factory=dict)
+    """Rows read, kept, and dropped by reason."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """A few rows for a person to look at."""
+    wall_time_s: float = 0.0
+    created_at: str = ""
+    version: str = __version__
+
+    def write(self, directory: StoragePath) -> Manifest:
+        """Publish this manifest into its directory: from now on the artifact exists."""
+        self.created_at = datetime.now(UTC).isoformat(timespec="seconds")
+        (directory / MANIFEST).write_json(asdict(self))
+        return self
+
+    @classmethod
+    def read(cls, directory: StoragePath) -> Manifest | None:
+        """The manifest of an artifact, or None where it is absent or unfinished.
+
+        :raises ArtifactError: there is a manifest that cannot be read.
+        """
+        file = directory / MANIFEST
+        if not file.is_file():
+            return None
+        try:
+            return cls(**file.read_json())
+        except (ValueError, TypeError) as error:
+            raise ArtifactError(f"{file}: not a manifest of raylm ({error})") from error
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    @property
+    def elapsed_s(self) -> float:
+        return round(time.monotonic() - self._start, 3)
+
+
+def find_files(pattern: str, suffixes: tuple[str, ...]) -> Iterator[tuple[StoragePath, fs.FileInfo]]:
+    """The files that a path names: itself, the fitting files below a directory, or the matches of a glob.
+
+    Hidden files and those that start with `_` are passed over below a directory, as Hive and Spark do.
+    """
+    place = StoragePath(pattern)
+    info = place.info()
+    if info.type == fs.FileType.File:
+        yield place, info
+        return
+    if info.type == fs.FileType.Directory:
+        for child, child_info in place.list(recursive=True):
+            below = child_info.path[len(place.path.rstrip("/")) + 1 :]
+            hidden = any(part.startswith((".", "_")) for part in below.split("/"))
+            if child_info.type == fs.FileType.File and not hidden and child.uri.endswith(suffixes):
+                yield child, child_info
+        return
+    if any(sign in pattern for sign in "*?["):
+        fixed = []
+        for part in place.path.split("/"):
+            if any(sign in part for sign in "*?["):
+                break
+            fixed.append(part)
+        selector = fs.FileSelector("/".join(fixed) or "/", recursive=True, allow_not_found=True)
+        prefix = place.uri[: len(place.uri) - len(place.path)] if "://" in place.uri else ""
+        for match in sorted(place.filesystem.get_file_info(selector), key=lambda entry: entry.path):
+            if match.type == fs.FileType.File and _matches(match.path, place.path):
+                yield StoragePath(prefix + match.path), match
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Whether a path fits a glob, part by part, so that `*` does not cross a slash; `**` does."""
+    regex = ""
+    position = 0
+    while position < len(pattern):
+        if pattern.startswith("**/", position):
+            regex += "(?:[^/]+/)*"
+            position += 3
+            continue
+        sign = pattern[position]
+        if sign == "*":
+            regex += "[^/]*"
+        elif sign == "?":
+            regex += "[^/]"
+        elif sign == "[" and "]" in pattern[position:]:
+            end = pattern.index("]", position)
+            regex += pattern[position : end + 1].replace("[!", "[^", 1)
+            position = end
+        else:
+            regex += re.escape(sign)
+        position += 1
+    return re.fullmatch(regex, path) is not None

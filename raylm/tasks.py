@@ -1,0 +1,45 @@
+"""What a model is asked to do: a task names its prompt token, its result column and its scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SUMMARY_TOKEN = ">>summary<<"
+
+
+def language_token(to: str) -> str:
+    """The token that asks for a language: `>>de<<`, as multilingual OPUS-MT models use it."""
+    return f">>{to.replace('-', '_')}<<"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Text in, text out.
+
+    :param name: as in `raylm batch-<name>`.
+    :param column: where a batch job writes the answer.
+    :param done: the participle for an output file's name: `input.translated.parquet`.
+    :param metrics: the scores of `raylm.metrics` that suit it, the most telling one first.
+    """
+
+    name: str
+    column: str
+    done: str
+    metrics: tuple[str, ...]
+
+    def prompt_token(self, to: str | None = None) -> str:
+        """The task token that stands before the text.
+
+        :param to: the target language, for `translate`.
+        """
+        if self is SUMMARIZE:
+            return SUMMARY_TOKEN
+        if not to:
+            raise ValueError("translate needs a target language, such as 'de'")
+        return language_token(to)
+
+
+TRANSLATE = Task("translate", column="translation", done="translated", metrics=("chrf", "bleu", "exact_match"))
+SUMMARIZE = Task("summarize", column="summary", done="summarized", metrics=("rougeL", "rouge1", "rouge2"))
+
+TASKS = {task.name: task for task in (TRANSLATE, SUMMARIZE)}
