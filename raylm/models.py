@@ -144,8 +144,8 @@ def build_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     return model_class(config).from_config(config)
 
 
-def load_model(path: str) -> PreTrainedModel:
-    """A pretrained model with its language-model head.
+def load_config(path: str) -> PretrainedConfig:
+    """The config of a model.
 
     :param path: a directory in Hugging Face layout, or an id of a hub.
     :raises ArtifactError: it is neither.
@@ -153,8 +153,22 @@ def load_model(path: str) -> PreTrainedModel:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path)
-        return model_class(config).from_pretrained(path)
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(_not_a_model(path, error)) from error
+
+
+def load_model(path: str) -> PreTrainedModel:
+    """A pretrained model with its language-model head, in fp32.
+
+    :param path: a directory in Hugging Face layout, or an id of a hub.
+    :raises ArtifactError: it is neither.
+    """
+    import torch
+
+    config = load_config(path)
+    try:
+        return model_class(config).from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ArtifactError(_not_a_model(path, error)) from error
 

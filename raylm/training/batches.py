@@ -1,0 +1,216 @@
+"""The global order: which examples make up optimizer step `s` is a pure function of (seed, data, s).
+
+Neither the number of workers nor a restart changes it. Each rank computes the whole global batch as a list of
+indices (a few kilobytes) and reads its own slice alone.
+"""
+
+from __future__ import annotations
+
+import bisect
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from raylm.errors import ArtifactError
+from raylm.storage import StoragePath
+
+Indices = NDArray[np.int64]
+
+_FEISTEL_ROUNDS = 4
+_POOL_EXAMPLES = 8_192
+"""Pairs are sorted by length within pools of this many, so that batches hold equal lengths in random order."""
+
+
+# ------------------------------------------------------------------------------------ random access
+
+
+def permute(positions: Indices, size: int, seed: int) -> Indices:
+    """The images of positions under a seeded pseudo-random permutation of 0…size-1, in O(1) memory.
+
+    A balanced Feistel network over the next power of four, walked until the value falls inside (Black and
+    Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). Any offset of any epoch is reached at once.
+    """
+    half_bits = max((max(size - 1, 1).bit_length() + 1) // 2, 1)
+    mask = np.uint64((1 << half_bits) - 1)
+    keys = np.random.default_rng(seed).integers(0, 1 << 62, _FEISTEL_ROUNDS, dtype=np.uint64)
+    values = positions.astype(np.uint64)
+    walking = np.ones(len(values), dtype=bool)
+    while walking.any():
+        left, right = values[walking] >> np.uint64(half_bits), values[walking] & mask
+        for key in keys:
+            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed ^= mixed >> np.uint64(29)
+            left, right = right, left ^ ((mixed * np.uint64(0xBF58476D1CE4E5B9) >> np.uint64(32)) & mask)
+        values[walking] = (left << np.uint64(half_bits)) | right
+        walking = values >= size
+    return values.astype(np.int64)
+
+
+class Shards:
+    """Arrow IPC shards of one split as one memory-mapped table; remote ones are copied to local disk once."""
+
+    def __init__(self, directory: StoragePath) -> None:
+        files = [file for file, _ in directory.list() if file.uri.endswith(".arrow")]
+        if not files:
+            raise ArtifactError(f"{directory}: no token shards here; prepare a corpus that has such data")
+        tables = [pa.ipc.open_file(pa.memory_map(str(_local_copy(file)))).read_all() for file in files]
+        self.table: pa.Table = pa.concat_tables(tables)
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def offsets(self, column: str) -> tuple[list[NDArray[np.int64]], list[NDArray[np.generic]], list[int]]:
+        """For a list column: each chunk's offsets and flat values, and the first row of each chunk."""
+        chunks = self.table[column].chunks
+        firsts = np.cumsum([0, *(len(chunk) for chunk in chunks)])[:-1].tolist()
+        return (
+            [chunk.offsets.to_numpy().astype(np.int64) for chunk in chunks],
+            [chunk.values.to_numpy() for chunk in chunks],
+            firsts,
+        )
+
+
+def _local_copy(file: StoragePath) -> Path:
+    if file.is_local:
+        return file.local()
+    info = file.info()
+    key = xxhash.xxh3_64_hexdigest(f"{file.uri} {info.size} {info.mtime_ns}")
+    local = Path(tempfile.gettempdir()) / "raylm-shards" / key / file.name
+    if not local.exists():
+        partial = local.with_suffix(f".{np.random.default_rng().integers(1 << 32)}.tmp")
+        file.download(partial)
+        partial.replace(local)
+    return local
+
+
+class TokenLists:
+    """Random access to a column of token lists: `lists[i]` is a numpy array of ids."""
+
+    def __init__(self, shards: Shards, column: str) -> None:
+        self._offsets, self._values, self._firsts = shards.offsets(column)
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        chunk = bisect.bisect_right(self._firsts, index) - 1
+        row = index - self._firsts[chunk]
+        start, stop = self._offsets[chunk][row : row + 2]
+        return self._values[chunk][start:stop].astype(np.int64)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """The number of tokens of every list."""
+        return np.concatenate([np.diff(offsets) for offsets in self._offsets])
+
+
+# ---------------------------------------------------------------------------------- the global batch
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The examples of one optimizer step.
+
+    :param indices: example numbers, longest first where they differ in length.
+    :param epochs: for each, how often the data had been seen before; part of the seed of its noise.
+    """
+
+    indices: Indices
+    epochs: Indices
+
+    def slice(self, rank: int, world_size: int, micro_batches: int) -> list[GlobalBatch]:
+        """What a rank reads, as its micro-batches; some are empty where there are fewer examples than places.
+
+        Examples are dealt out one by one, so ranks get equal lengths.
+        """
+        mine, epochs = self.indices[rank::world_size], self.epochs[rank::world_size]
+        parts = zip(np.array_split(mine, micro_batches), np.array_split(epochs, micro_batches), strict=True)
+        return [GlobalBatch(indices, part_epochs) for indices, part_epochs in parts]
+
+
+class PackedOrder:
+    """Global batches of packed sequences, all of one length."""
+
+    def __init__(self, sequences: int, batch_sequences: int, seed: int) -> None:
+        self._sequences, self._batch, self._seed = sequences, batch_sequences, seed
+
+    def batch(self, step: int) -> GlobalBatch:
+        positions = np.arange(step * self._batch, (step + 1) * self._batch, dtype=np.int64)
+        epochs = positions // self._sequences
+        indices = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            indices[here] = permute(
+                positions[here] % self._sequences, self._sequences, seed=self._seed * 1_000_003 + int(epoch)
+            )
+        return GlobalBatch(indices, epochs)
+
+
+class BucketedOrder:
+    """Global batches of pairs with a bound on their padded tokens, so that few of them are padding.
+
+    :param lengths: padded tokens that each pair would fill: source and target, special tokens included.
+    :param weights: how often each pair is seen in an epoch; a fraction is drawn by lot each time.
+    :param batch_tokens: the bound on pairs × longest pair of one batch.
+    """
+
+    def __init__(
+        self, lengths: NDArray[np.int64], weights: NDArray[np.float64], batch_tokens: int, seed: int
+    ) -> None:
+        self._lengths, self._weights, self._batch_tokens, self._seed = lengths, weights, batch_tokens, seed
+        self._epochs: list[list[Indices]] = []
+        self._ends: list[int] = []  # the first step after each epoch
+
+    def batch(self, step: int) -> GlobalBatch:
+        while not self._ends or self._ends[-1] <= step:
+            plan = self._plan(len(self._epochs))
+            self._epochs.append(plan)
+            self._ends.append((self._ends[-1] if self._ends else 0) + len(plan))
+        epoch = bisect.bisect_right(self._ends, step)
+        first = self._ends[epoch - 1] if epoch else 0
+        indices = self._epochs[epoch][step - first]
+        return GlobalBatch(indices, np.full(len(indices), epoch, dtype=np.int64))
+
+    def _plan(self, epoch: int) -> list[Indices]:
+        generator = np.random.default_rng((self._seed, epoch))
+        copies = np.floor(self._weights + generator.random(len(self._weights))).astype(np.int64)
+        examples = np.repeat(np.arange(len(self._lengths), dtype=np.int64), copies)
+        generator.shuffle(examples)
+        batches: list[Indices] = []
+        for start in range(0, len(examples), _POOL_EXAMPLES):
+            pool = examples[start : start + _POOL_EXAMPLES]
+            pool = pool[np.argsort(-self._lengths[pool], kind="stable")]
+            batches += self._cut(pool)
+        order = generator.permutation(len(batches))
+        return [batches[i] for i in order]
+
+    def _cut(self, descending: Indices) -> list[Indices]:
+        """Batches of examples sorted by falling length: the first of a batch is its longest."""
+        batches, start = [], 0
+        while start < len(descending):
+            longest = int(self._lengths[descending[start]])
+            stop = start + max(self._batch_tokens // longest, 1)
+            batches.append(descending[start:stop])
+            start = stop
+        return batches
+
+
+def micro_batches_for(global_batch_tokens: int, micro_batch_tokens: int, world_size: int) -> int:
+    """Gradient accumulation steps that keep a worker's micro-batch within its bound."""
+    return max(-(-global_batch_tokens // (world_size * micro_batch_tokens)), 1)
+
+
+def pad_to(rows: Sequence[NDArray[np.int64]], value: int, multiple: int = 8) -> NDArray[np.int64]:
+    """Rows of different lengths as one array, filled up at the right.
+
+    :returns: (B, T), T the longest row rounded up to a multiple.
+    """
+    width = -(-max(len(row) for row in rows) // multiple) * multiple
+    padded = np.full((len(rows), width), value, dtype=np.int64)
+    for line, row in enumerate(rows):
+        padded[line, : len(row)] = row
+    return padded

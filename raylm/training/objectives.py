@@ -1,0 +1,271 @@
+"""What a model learns from a batch: span denoising, causal and masked language modelling, seq2seq pairs.
+
+An objective turns examples into the tensors of one micro-batch. Its noise is a pure function of (seed, example,
+epoch), so a batch is the same on every worker and after every restart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raylm.errors import SettingsError
+from raylm.models import Architecture
+from raylm.training.batches import GlobalBatch, TokenLists, pad_to
+
+if TYPE_CHECKING:
+    import torch
+
+Tokens = NDArray[np.int64]
+IGNORE = -100
+"""Label of a position that has no loss."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids that objectives need to know.
+
+    :param sentinels: stand for hidden spans, the first span first.
+    :param first_plain: ids from here on (and below `<pad>`) are bytes and merges: what a random replacement draws.
+    """
+
+    size: int
+    pad: int
+    end: int
+    mask: int
+    decoder_start: int
+    sentinels: tuple[int, ...]
+    first_plain: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The tensors of a forward pass as numpy arrays.
+
+    :param inputs: the model's keyword arguments, each (B, T) but for a (B, 1, T, T) `attention_mask`.
+    :param labels: (B, T) target ids; `IGNORE` where there is no loss.
+    """
+
+    inputs: dict[str, NDArray[np.generic]]
+    labels: Tokens
+
+    @property
+    def target_tokens(self) -> int:
+        return int((self.labels != IGNORE).sum())
+
+    @property
+    def padded_tokens(self) -> int:
+        """Positions the model computes, encoder and decoder together."""
+        decoder = self.inputs.get("decoder_input_ids")
+        return int(self.inputs["input_ids"].size + (0 if decoder is None else decoder.size))
+
+    def unlabelled(self) -> MicroBatch:
+        """The same inputs with nothing to learn from."""
+        return MicroBatch(self.inputs, np.full_like(self.labels, IGNORE))
+
+    def tensors(self, device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Inputs and labels on a device."""
+        import torch
+
+        inputs = {name: torch.from_numpy(array).to(device) for name, array in self.inputs.items()}
+        return inputs, torch.from_numpy(self.labels).to(device)
+
+
+class PackedDocuments:
+    """Self-supervised objectives over packed sequences.
+
+    :param objective: `denoise`, `causal` or `masked`.
+    """
+
+    def __init__(
+        self,
+        objective: str,
+        input_ids: TokenLists,
+        document_lengths: TokenLists,
+        vocabulary: Vocabulary,
+        seed: int,
+        noise_density: float,
+        mean_span_tokens: float,
+    ) -> None:
+        self._objective = objective
+        self._input_ids, self._document_lengths = input_ids, document_lengths
+        self._vocabulary, self._seed = vocabulary, seed
+        self._noise_density, self._mean_span_tokens = noise_density, mean_span_tokens
+
+    def micro_batch(self, batch: GlobalBatch) -> MicroBatch:
+        rows = [self._input_ids[int(index)] for index in batch.indices]
+        generators = [
+            np.random.default_rng((self._seed, int(index), int(epoch)))
+            for index, epoch in zip(batch.indices, batch.epochs, strict=True)
+        ]
+        if self._objective == "denoise":
+            return self._denoise(rows, generators)
+        lengths = [self._document_lengths[int(index)] for index in batch.indices]
+        inputs = np.stack(rows)
+        labels = inputs.copy()
+        mask, positions = document_mask(lengths, inputs.shape[1], causal=self._objective == "causal")
+        for row, spans in enumerate(lengths):
+            labels[row, spans.sum() :] = IGNORE
+        if self._objective == "causal":
+            # position t predicts t + 1, but not across the end of a document
+            labels = np.concatenate([labels[:, 1:], np.full((len(rows), 1), IGNORE)], axis=1)
+            for row, spans in enumerate(lengths):
+                labels[row, np.cumsum(spans) - 1] = IGNORE
+        else:
+            inputs, labels = self._mask(inputs, labels, generators)
+        arrays = {"input_ids": inputs, "attention_mask": mask, "position_ids": positions}
+        return MicroBatch(arrays, labels)
+
+    def _denoise(self, rows: list[Tokens], generators: list[np.random.Generator]) -> MicroBatch:
+        vocabulary = self._vocabulary
+        sources, targets = [], []
+        for row, generator in zip(rows, generators, strict=True):
+            row = row[row != vocabulary.pad]
+            noise = span_mask(len(row), self._noise_density, self._mean_span_tokens, generator)
+            source, target = corrupt_spans(row, noise, vocabulary.sentinels, vocabulary.end)
+            sources.append(source)
+            targets.append(target)
+        return seq2seq_batch(sources, targets, vocabulary)
+
+    def _mask(
+        self, inputs: Tokens, labels: Tokens, generators: list[np.random.Generator]
+    ) -> tuple[Tokens, Tokens]:
+        """Hide tokens as BERT does (Devlin et al. 2019): of those chosen, 80 % become `<mask>`, 10 % a random
+        token, 10 % stay as they are."""
+        vocabulary = self._vocabulary
+        draws = np.stack([generator.random((2, inputs.shape[1])) for generator in generators])  # (B, 2, T)
+        randoms = np.stack(
+            [g.integers(vocabulary.first_plain, vocabulary.pad, inputs.shape[1]) for g in generators]
+        )
+        chosen = (draws[:, 0] < self._noise_density) & (labels != IGNORE) & (inputs != vocabulary.end)
+        inputs = np.where(chosen & (draws[:, 1] < 0.8), vocabulary.mask, inputs)
+        inputs = np.where(chosen & (draws[:, 1] >= 0.9), randoms, inputs)
+        return inputs, np.where(chosen, labels, IGNORE)
+
+
+class Pairs:
+    """Source to target with teacher forcing."""
+
+    def __init__(
+        self,
+        source_ids: TokenLists,
+        target_ids: TokenLists,
+        vocabulary: Vocabulary,
+        max_source_tokens: int,
+        max_target_tokens: int,
+    ) -> None:
+        self._source_ids, self._target_ids, self._vocabulary = source_ids, target_ids, vocabulary
+        self._max_source_tokens, self._max_target_tokens = max_source_tokens, max_target_tokens
+
+    def micro_batch(self, batch: GlobalBatch) -> MicroBatch:
+        end = self._vocabulary.end
+        sources = [_cut(self._source_ids[int(i)], self._max_source_tokens, end) for i in batch.indices]
+        targets = [_cut(self._target_ids[int(i)], self._max_target_tokens, end) for i in batch.indices]
+        return seq2seq_batch(sources, targets, self._vocabulary)
+
+
+# --------------------------------------------------------------------------------------- pure parts
+
+
+def span_mask(
+    length: int, density: float, mean_span_tokens: float, generator: np.random.Generator
+) -> NDArray[np.bool_]:
+    """Which of `length` tokens are noise: spans of random lengths with random gaps, never the first token.
+
+    The `random_spans_noise_mask` of T5 (Raffel et al. 2020, section 3.3.4).
+    """
+    noise = min(max(round(length * density), 1), length - 1)
+    if noise < 1:
+        return np.zeros(length, dtype=bool)
+    spans = min(max(round(noise / mean_span_tokens), 1), noise, length - noise)
+    noise_lengths = _random_partition(noise, spans, generator)
+    plain_lengths = _random_partition(length - noise, spans, generator)
+    lengths = np.stack([plain_lengths, noise_lengths], axis=1).reshape(-1)
+    return np.repeat(np.tile([False, True], spans), lengths)
+
+
+def _random_partition(total: int, parts: int, generator: np.random.Generator) -> Tokens:
+    """`parts` positive integers that add up to `total`, all such rows equally likely."""
+    cuts = np.sort(generator.choice(total - 1, parts - 1, replace=False)) + 1
+    return np.diff(np.concatenate([[0], cuts, [total]])).astype(np.int64)
+
+
+def corrupt_spans(
+    tokens: Tokens, noise: NDArray[np.bool_], sentinels: tuple[int, ...], end: int
+) -> tuple[Tokens, Tokens]:
+    """The text with a sentinel for each hidden span, and the hidden spans behind their sentinels.
+
+    `a b C D e` becomes `a b <0> e </s>` and `<0> C D </s>`. Spans beyond the sentinels there are stay in place.
+    """
+    starts = noise & ~np.concatenate([[False], noise[:-1]])
+    span = np.cumsum(starts) - 1
+    noise = noise & (span < len(sentinels))
+    starts = starts & noise
+    marks = np.asarray(sentinels)[np.clip(span, 0, len(sentinels) - 1)]
+    source = np.where(starts, marks, tokens)[~noise | starts]
+    positions = np.flatnonzero(noise)
+    target = np.insert(
+        tokens[positions], np.searchsorted(positions, np.flatnonzero(starts)), marks[starts]
+    )
+    return np.append(source, end), np.append(target, end)
+
+
+def seq2seq_batch(sources: list[Tokens], targets: list[Tokens], vocabulary: Vocabulary) -> MicroBatch:
+    """A padded batch for an encoder-decoder; the decoder reads the labels shifted right."""
+    input_ids = pad_to(sources, vocabulary.pad)  # (B, S)
+    target_ids = pad_to(targets, vocabulary.pad)  # (B, T)
+    source_lengths = np.asarray([len(row) for row in sources])
+    target_lengths = np.asarray([len(row) for row in targets])
+    start = np.full((len(targets), 1), vocabulary.decoder_start)
+    inputs: dict[str, NDArray[np.generic]] = {
+        "input_ids": input_ids,
+        "attention_mask": (np.arange(input_ids.shape[1]) < source_lengths[:, None]).astype(np.int64),
+        "decoder_input_ids": np.concatenate([start, target_ids[:, :-1]], axis=1),
+    }
+    labels = np.where(np.arange(target_ids.shape[1]) < target_lengths[:, None], target_ids, IGNORE)
+    return MicroBatch(inputs, labels)
+
+
+def document_mask(
+    lengths: list[Tokens], width: int, causal: bool
+) -> tuple[NDArray[np.bool_], Tokens]:
+    """What each position of packed sequences may look at: its own document alone.
+
+    :param lengths: the token counts of each row's documents.
+    :returns: (B, 1, T, T) mask, True where attention is allowed, and (B, T) positions that start again with each
+        document. Padding looks at itself, as a row with nothing to look at would be undefined.
+    """
+    documents = np.full((len(lengths), width), -1, dtype=np.int64)
+    positions = np.zeros((len(lengths), width), dtype=np.int64)
+    for row, spans in enumerate(lengths):
+        used = int(spans.sum())
+        documents[row, :used] = np.repeat(np.arange(len(spans)), spans)
+        starts = np.cumsum(spans) - spans
+        positions[row, :used] = np.arange(used) - np.repeat(starts, spans)
+    mask = documents[:, :, None] == documents[:, None, :]
+    if causal:
+        mask &= np.tri(width, dtype=bool)
+    return mask[:, None], positions
+
+
+def _cut(tokens: Tokens, limit: int, end: int) -> Tokens:
+    if len(tokens) <= limit:
+        return tokens
+    return np.append(tokens[: limit - 1], end)
+
+
+def objective_for(wanted: str, shape: Architecture) -> str:
+    """The objective that trains an architecture; `auto` is resolved, a misfit refused.
+
+    :raises SettingsError: the architecture cannot learn by the wanted objective.
+    """
+    natural = {"encoder-decoder": "denoise", "decoder": "causal", "encoder": "masked"}[shape]
+    fitting = {natural, "seq2seq"} if shape == "encoder-decoder" else {natural}
+    if wanted == "auto":
+        return natural
+    if wanted not in fitting:
+        raise SettingsError(f"objective '{wanted}' does not fit a model that is an {shape}; use '{natural}'")
+    return wanted

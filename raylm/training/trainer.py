@@ -1,0 +1,370 @@
+"""`raylm pretrain` and `raylm finetune`: a run's directory, Ray Train around the loop, progress, a manifest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raylm import models
+from raylm.errors import ArtifactError, RaylmError, SettingsError, TrainingError
+from raylm.progress import Progress, note
+from raylm.settings import FinetuneSettings, PretrainSettings, Settings, differences
+from raylm.storage import Manifest, Stopwatch, StoragePath
+from raylm.training import checkpoint as checkpoints
+from raylm.training.loop import TrainingJob, read_metrics, train_worker
+from raylm.training.objectives import objective_for
+from raylm.training.zero import whole_weights
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+    from transformers import PreTrainedModel
+
+MODEL = "model"
+"""Below a run: config and tokenizer, from which its checkpoints become models."""
+RUN_FILE = "run.json"
+"""Below a run: what it was started with."""
+
+# What may change between two starts of one run: none of these changes what a step computes.
+_FREE = frozenset(
+    "steps micro_batch_tokens workers log_every validate_every validation_batches checkpoint_every keep_last"
+    " max_failures compile".split()
+)
+_MOST_CPU_WORKERS = 4
+
+
+def pretrain(settings: Settings) -> Manifest:
+    """A model trained on the prepared documents; continues where an earlier start of the run ended.
+
+    :raises RaylmError: no prepared corpus, settings that contradict the run's, too few machines, a diverged loss.
+    """
+    tokens = prepared_corpus(settings)
+    if settings.model.start_from:
+        model, start = settings.model.start_from, settings.model.start_from
+    else:
+        model, start = str(tokens / "tokenizer"), None
+    return _run(settings, settings.pretrain, tokens, model, start)
+
+
+def finetune(settings: Settings) -> Manifest:
+    """A model trained on the prepared pairs, from the best pretraining checkpoint unless told otherwise.
+
+    :raises RaylmError: as `pretrain`, and where there is no pretraining run to start from.
+    """
+    tokens = prepared_corpus(settings)
+    if settings.finetune.start == "scratch":
+        start = settings.model.start_from
+        return _run(settings, settings.finetune, tokens, start or str(tokens / "tokenizer"), start)
+    run = run_directory(settings, settings.pretrain.name)
+    if Manifest.read(run) is None:
+        raise ArtifactError(
+            f"run {run}: pretraining has not finished; run `raylm pretrain`, or set finetune.start=scratch"
+        )
+    with tempfile.TemporaryDirectory(prefix="raylm-start-") as local:
+        # Workers on other machines read it from storage.
+        start_at = run_directory(settings, settings.finetune.name) / "start"
+        save_model(run, Path(local))
+        for file in sorted(Path(local).iterdir()):
+            (start_at / file.name).upload(file)
+        return _run(settings, settings.finetune, tokens, str(start_at), str(start_at))
+
+
+def prepared_corpus(settings: Settings) -> StoragePath:
+    """The directory of the prepared corpus.
+
+    :raises ArtifactError: it is absent or unfinished.
+    """
+    tokens = StoragePath(settings.storage) / "tokens" / settings.corpus.name
+    if Manifest.read(tokens) is None:
+        raise ArtifactError(f"corpus {tokens}: not prepared; run `raylm prepare` first")
+    return tokens
+
+
+def run_directory(settings: Settings, name: str) -> StoragePath:
+    return StoragePath(settings.storage) / "runs" / name
+
+
+def load_trained(run: StoragePath) -> tuple[PreTrainedModel, checkpoints.Checkpoint]:
+    """The model of a run's best checkpoint, in fp32 on the CPU, and that checkpoint.
+
+    :raises ArtifactError: the run has no sound checkpoint.
+    """
+    import torch
+
+    best = checkpoints.best(run)
+    with tempfile.TemporaryDirectory(prefix="raylm-model-") as local_model:
+        for file, _ in (run / MODEL).list():
+            file.download(Path(local_model) / file.name)
+        config = models.load_config(local_model)
+    local = best.localize()
+    try:
+        weights = whole_weights(local)
+    finally:
+        if not best.directory.is_local:
+            shutil.rmtree(local, ignore_errors=True)
+    model = models.build_model(config, seed=0)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    model.tie_weights()
+    tied = set(model.state_dict()) - set(dict(model.named_parameters()))
+    if unexpected or set(missing) - tied:
+        raise ArtifactError(
+            f"checkpoint {best.directory}: its weights do not fit the run's model: "
+            f"missing {sorted(set(missing) - tied)[:3]}, unexpected {sorted(unexpected)[:3]}"
+        )
+    model.config.use_cache = True
+    return model.to(torch.float32).eval(), best
+
+
+def save_model(run: StoragePath, directory: Path) -> checkpoints.Checkpoint:
+    """Write a run's best checkpoint in Hugging Face layout: weights, config, tokenizer."""
+    model, best = load_trained(run)
+    model.save_pretrained(directory)
+    for file, _ in (run / MODEL).list():
+        if file.name != "config.json":
+            file.download(directory / file.name)
+    return best
+
+
+# ------------------------------------------------------------------------------------------- the run
+
+
+def _run(
+    settings: Settings,
+    training: PretrainSettings | FinetuneSettings,
+    tokens: StoragePath,
+    model: str,
+    start: str | None,
+) -> Manifest:
+    stage = "pretrain" if isinstance(training, PretrainSettings) else "finetune"
+    run = run_directory(settings, training.name)
+    earlier = Manifest.read(run)
+    workers, use_gpu = _workers(training)
+    training = training.model_copy(update={"workers": workers})
+    _claim(run, settings, training, tokens)
+    if earlier and earlier.metrics["step"] >= training.steps:
+        note(f"{stage}: {run} has {earlier.metrics['step']} steps already")
+        return earlier
+
+    job = TrainingJob(
+        settings=training,
+        model_settings=settings.model,
+        run=run.uri if not run.is_local else str(run),
+        tokens=str(tokens),
+        model=_publish_model_files(run, settings, model),
+        start=start,
+    )
+    stopwatch = Stopwatch()
+    with Progress(stage, training.steps, "steps") as progress:
+        _fit(job, workers, use_gpu, progress)
+    best, rows = checkpoints.best(run), read_metrics(run)
+    losses = [row for row in rows if "loss" in row]
+    speeds = [row["tokens_per_s"] for row in losses]
+    manifest = Manifest(
+        stage=stage,
+        settings={"model": settings.model.model_dump(mode="json"), stage: training.model_dump(mode="json")},
+        inputs={"tokens": str(tokens), "start": start},
+        outputs=[{"name": f"checkpoints/{c.directory.name}"} for c in checkpoints.checkpoints(run)],
+        metrics={
+            "step": training.steps,
+            "loss": losses[-1]["loss"],
+            "validation_loss": best.validation_loss,
+            "validation_perplexity": best.manifest.metrics["validation_perplexity"],
+            "best_step": best.step,
+            "tokens_per_s": round(sorted(speeds)[len(speeds) // 2], 1),
+            "workers": workers,
+            "parameters": models.parameter_count(models.build_model(models.load_config(job.model), seed=0)),
+        },
+        wall_time_s=stopwatch.elapsed_s,
+    )
+    return manifest.write(run)
+
+
+def _claim(run: StoragePath, settings: Settings, training: PretrainSettings | FinetuneSettings, tokens: StoragePath) -> None:
+    """Note what the run is started with, or hold it against what it was started with before.
+
+    :raises TrainingError: the run exists and was something else.
+    """
+    corpus = Manifest.read(tokens)
+    fixed = {
+        "model": settings.model.model_dump(mode="json", exclude={"name"}),
+        "training": training.model_dump(mode="json", exclude=set(_FREE)),
+        "corpus": {entry["name"]: entry["xxh3_128"] for entry in corpus.outputs} if corpus else {},
+    }
+    file = run / RUN_FILE
+    if not file.is_file():
+        file.write_json(fixed)
+        return
+    before = file.read_json()
+    if before.get("corpus") != fixed["corpus"]:
+        raise TrainingError(
+            f"run {run}: was started on another preparation of corpus {tokens.name}; "
+            f"choose another run name, or remove {run}"
+        )
+    changed = list(differences(before, fixed))
+    if changed:
+        raise TrainingError(
+            f"run {run}: was started with other settings ({'; '.join(changed[:3])}); "
+            f"choose another run name, or remove {run}"
+        )
+
+
+def _publish_model_files(run: StoragePath, settings: Settings, model: str) -> str:
+    """Put the config and the tokenizer below the run; returns where they are."""
+    target = run / MODEL
+    if not (target / "config.json").is_file():
+        with tempfile.TemporaryDirectory(prefix="raylm-config-") as local:
+            tokenizer = models.load_tokenizer(model)
+            is_model = settings.model.start_from or (StoragePath(model) / "config.json").is_file()
+            config = models.load_config(model) if is_model else models.build_config(settings.model, tokenizer)
+            objective_for(settings.pretrain.objective, models.architecture(config))
+            tokenizer.save_pretrained(local)
+            config.save_pretrained(local)
+            for file in sorted(Path(local).iterdir(), key=lambda f: f.name == "config.json"):
+                (target / file.name).upload(file)
+    return str(target)
+
+
+def _workers(training: PretrainSettings | FinetuneSettings) -> tuple[int, bool]:
+    """How many workers, and whether each has a GPU, from the live cluster.
+
+    :raises TrainingError: more are wanted than there are machines for.
+    """
+    import ray
+
+    resources = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    have = gpus or cpus
+    if training.workers == "auto":
+        return (gpus, True) if gpus else (max(min(cpus, _MOST_CPU_WORKERS), 1), False)
+    if training.workers > have:
+        raise TrainingError(
+            f"{training.name}.workers is {training.workers}, the cluster has {have} {'GPUs' if gpus else 'CPUs'}"
+        )
+    return training.workers, bool(gpus)
+
+
+def _fit(job: TrainingJob, workers: int, use_gpu: bool, progress: Progress) -> None:
+    """Run the loop on a group of workers and follow it.
+
+    :raises TrainingError: it cannot be brought to its end.
+    """
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    relay = ray.remote(num_cpus=0)(Relay).remote()
+    run = StoragePath(job.run)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": job, "relay": relay},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1, **({"GPU": 1} if use_gpu else {})}
+        ),
+        run_config=RunConfig(
+            # Ray's own record of the attempt; which checkpoint to continue from is our manifests' to say.
+            name=f"attempt-{time.time_ns()}",
+            storage_path=(run / "ray").path,
+            storage_filesystem=run.filesystem,
+            failure_config=FailureConfig(max_failures=job.settings.max_failures),
+        ),
+    )
+    failure: BaseException | None = None
+    with _Follower(relay, progress) as follower:
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            failure = error
+    (run / "ray").delete()
+    if follower.fatal:
+        raise TrainingError(follower.fatal)
+    if failure is not None:
+        trace = run / "error.txt"
+        trace.write_bytes(str(failure).encode())
+        last = [line.strip() for line in str(failure).splitlines() if line.strip()][-1]
+        raise TrainingError(f"run {run}: workers failed: {last} (whole trace: {trace})") from failure
+
+
+def _worker(config: dict[str, Any]) -> None:
+    import ray.train
+
+    job, relay = config["job"], config["relay"]
+    leads = ray.train.get_context().get_world_rank() == 0
+
+    def report(metrics: dict[str, Any]) -> None:
+        relay.push.remote(metrics)
+
+    try:
+        train_worker(job, report if leads else lambda _: None)
+    except RaylmError as error:
+        # Every worker comes to the same end; trying again would come to it again.
+        if leads:
+            ray.get(relay.push.remote({"fatal": str(error)}))
+
+
+class Relay:
+    """An actor that carries what the first worker reports to the driver."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+
+    def push(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+
+    def drain(self) -> list[dict[str, Any]]:
+        rows, self._rows = self._rows, []
+        return rows
+
+
+class _Follower:
+    """A thread that shows a relay's rows as progress for as long as its context lasts."""
+
+    def __init__(self, relay: ActorHandle, progress: Progress) -> None:
+        self._relay, self._progress = relay, progress
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._started = False
+        self._validation = ""
+        self.fatal: str | None = None
+
+    def __enter__(self) -> _Follower:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        import ray
+
+        finished = False
+        while not finished:
+            finished = self._stop.wait(0.5)
+            try:
+                rows = ray.get(self._relay.drain.remote(), timeout=30)
+            except Exception:  # the relay's node is gone: training is followed no longer, but goes on
+                return
+            for row in rows:
+                self._show(row)
+
+    def _show(self, row: dict[str, Any]) -> None:
+        if "fatal" in row:
+            self.fatal = row["fatal"]
+        elif "note" in row:
+            note(row["note"])
+        elif "validation_loss" in row:
+            self._validation = f"  validation {row['validation_loss']:.3f}"
+        else:
+            if not self._started:
+                self._progress.resume_at(row["step"])
+                self._started = True
+            detail = f"{row['tokens_per_s']:,.0f} tokens/s  loss {row['loss']:.3f}{self._validation}"
+            self._progress.update(row["step"], detail)

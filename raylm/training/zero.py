@@ -1,0 +1,115 @@
+"""DeepSpeed: its config for a ZeRO stage, the engine around a model, whole weights out of sharded ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raylm.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    import torch
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from transformers import PreTrainedModel
+
+
+def resolve_precision(wanted: str, device: torch.device) -> str:
+    """`fp32`, `bf16` or `fp16`; `auto` is bf16 on a GPU that computes in it, else fp32."""
+    import torch
+
+    if wanted != "auto":
+        return wanted
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def deepspeed_config(
+    settings: TrainingSettings, world_size: int, micro_batches: int, precision: str
+) -> dict[str, Any]:
+    """The DeepSpeed config of a run.
+
+    Batch sizes only have to agree with each other: what a micro-batch holds is decided by `raylm.training.batches`,
+    and losses are already sums over the global batch.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_batches,
+        "train_batch_size": world_size * micro_batches,
+        "gradient_clipping": settings.gradient_clip,
+        "zero_optimization": {
+            "stage": settings.zero_stage,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "round_robin_gradients": False,
+            # Small enough that a laptop's model is really sharded, and the default on a GPU's scale.
+            "stage3_param_persistence_threshold": 10_000,
+        },
+        # The optimizer is torch.optim.AdamW: fused, the same on CPU and GPU, no compiler needed.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices decay; vectors (biases, norms) and fixed positions do not."""
+    decayed, plain = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (decayed if getattr(parameter, "ds_shape", parameter.shape).__len__() > 1 else plain).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
+def prepare_backend(device: torch.device) -> None:
+    """Join DeepSpeed's communication to the process group that Ray Train has made."""
+    import deepspeed
+
+    if device.type == "cpu":
+        # Its shared-memory allreduce is compiled at first use, for a minute, behind a lock file that a killed
+        # worker leaves behind for ever. Gloo needs neither.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+    )
+
+
+def build_engine(
+    model: PreTrainedModel, settings: TrainingSettings, config: dict[str, Any], device: torch.device
+) -> DeepSpeedEngine:
+    """The model under DeepSpeed, with AdamW (Loshchilov and Hutter 2019)."""
+    import deepspeed
+    import torch
+
+    if config["bf16"]["enabled"]:
+        model = model.to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, settings.weight_decay),
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=1e-8,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model.to(device), optimizer=optimizer, config=config, dist_init_required=False
+    )
+    return engine
+
+
+def whole_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The fp32 weights of a saved engine, put together from all ranks' shards.
+
+    :param checkpoint: a local directory that `engine.save_checkpoint(…, tag="zero")` wrote.
+    """
+    import torch
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    if list((checkpoint / "zero").glob("*optim_states.pt")):
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="zero"))
+    # Stage 0 in fp32 shards nothing: the module's own state is whole.
+    state = torch.load(checkpoint / "zero" / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+    return {name: tensor.float() for name, tensor in state["module"].items()}
