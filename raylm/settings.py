@@ -101,22 +101,32 @@ class FilterSettings(Section):
     """Which documents are dropped, each with a counted reason."""
 
     min_chars: int = Field(default=40, ge=0)
+    """Shortest document, in letter widths: a Chinese, Japanese or Korean character counts 2.5."""
     max_chars: int = Field(default=200_000, ge=1)
+    """Longest document, in characters; beyond are logs and dumps."""
     min_letter_ratio: float = Field(default=0.6, ge=0, le=1)
-    """Letters (of any script) among the characters that are not white space."""
-    max_digit_ratio: float = Field(default=0.2, ge=0, le=1)
-    max_uppercase_ratio: float = Field(default=0.4, ge=0, le=1)
+    """Letters of any script over characters that are not space (after Gopher's words with a letter)."""
+    max_digit_ratio: float = Field(default=0.25, ge=0, le=1)
+    """Digits over characters that are not space: tables, logs."""
     max_duplicate_line_ratio: float = Field(default=0.3, ge=0, le=1)
-    """Lines that repeat an earlier line of the same document (Gopher: Rae et al. 2021, table A1)."""
+    """Lines that repeat an earlier one, over all (Gopher: 0.30)."""
+    max_duplicate_line_char_ratio: float = Field(default=0.2, ge=0, le=1)
+    """Characters in such lines, over all (Gopher: 0.20)."""
+    max_mean_word_chars: float = Field(default=10.0, gt=0)
+    """Mean length of words, where most of the text is in a script written with spaces (Gopher: 3 to 10)."""
+    max_compression: float = Field(default=8.0, gt=1)
+    """UTF-8 bytes over bytes after zlib: text that says one thing over and over, in any script."""
 
 
 class PairFilterSettings(Section):
     """Which labelled pairs are dropped, each with a counted reason."""
 
+    min_chars: int = Field(default=1, ge=0)
+    """Shortest side, in characters."""
     max_chars: int = Field(default=2_000, ge=1)
-    """The longest a side may be, in characters."""
+    """Longest side, in characters."""
     max_length_ratio: float = Field(default=4.0, ge=1)
-    """The longest the longer side of a translation may be, in multiples of the shorter one."""
+    """Of a translation: the wider side over the other, in letter widths, where a side is wider than 20."""
 
 
 class TokenizerSettings(Section):
@@ -300,6 +310,11 @@ class Settings(Section):
     evaluate: EvaluateSettings = EvaluateSettings()
     batch: BatchSettings = BatchSettings()
     serve: ServeSettings = ServeSettings()
+
+
+def model_directory(settings: Settings) -> str:
+    """Where `raylm export` writes the finished model."""
+    return f"{settings.storage.rstrip('/')}/models/{settings.model.name}"
 
 
 # -------------------------------------------------------------------------------------------- loading

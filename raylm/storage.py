@@ -254,6 +254,11 @@ class Manifest:
             raise ArtifactError(f"{file}: not a manifest of raylm ({error})") from error
 
 
+def fingerprint(value: Any) -> str:
+    """The xxh3-128 of plain data (what JSON can say), in hex: equal data, equal fingerprint."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
+
+
 class Stopwatch:
     """Seconds since it was made."""
 

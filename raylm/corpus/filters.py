@@ -10,66 +10,7 @@ import unicodedata
 import zlib
 from collections import Counter
 
-from pydantic import BaseModel, ConfigDict, Field
-
-
-class FilterSettings(BaseModel):
-    """What a document must be to stay in the corpus."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    min_chars: int = Field(
-        default=40,
-        ge=0,
-        description="Shortest document, in letter widths: a Chinese, Japanese or Korean character counts 2.5,"
-        " because 16 of them say what 40 Latin letters say.",
-    )
-    max_chars: int = Field(
-        default=200_000, ge=1, description="Longest document, in characters; beyond are logs and dumps."
-    )
-    min_letter_ratio: float = Field(
-        default=0.6,
-        ge=0,
-        le=1,
-        description="Letters of any script (with their marks) over characters that are not space. In the"
-        " spirit of Gopher's '80 % of words contain a letter', which needs words.",
-    )
-    max_digit_ratio: float = Field(
-        default=0.25, ge=0, le=1, description="Digits over characters that are not space: tables, logs."
-    )
-    max_duplicate_line_ratio: float = Field(
-        default=0.3, ge=0, le=1, description="Lines that repeat an earlier one, over all (Gopher: 0.30)."
-    )
-    max_duplicate_line_char_ratio: float = Field(
-        default=0.2, ge=0, le=1, description="Characters in such lines, over all (Gopher: 0.20)."
-    )
-    max_mean_word_chars: float = Field(
-        default=10.0,
-        gt=0,
-        description="Mean length of the words between spaces, in characters (Gopher: 3 to 10): base64,"
-        " minified code, lists of URLs. Only where most of the text is in a script written with spaces.",
-    )
-    max_compression: float = Field(
-        default=8.0,
-        gt=1,
-        description="UTF-8 bytes over bytes after zlib. Gopher bounds the share of the commonest n-grams to"
-        " find text that says one thing over and over; this finds it in scripts without words, too.",
-    )
-
-
-class PairFilterSettings(BaseModel):
-    """What a translation pair must be to stay in the corpus."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    min_chars: int = Field(default=1, ge=0, description="Shortest side, in characters.")
-    max_chars: int = Field(default=2_000, ge=1, description="Longest side, in characters.")
-    max_length_ratio: float = Field(
-        default=4.0,
-        ge=1,
-        description="Longer side over shorter one, in letter widths (a Chinese, Japanese or Korean character"
-        " counts 2.5). Only where a side is wider than 20.",
-    )
+from raylm.settings import FilterSettings, PairFilterSettings
 
 
 # Scripts written without spaces: Thai, Lao, Myanmar, Khmer; kana, ideographs and their punctuation.
@@ -115,8 +56,12 @@ def reject_document(text: str, rules: FilterSettings) -> str | None:
     return None
 
 
-def reject_pair(source: str, target: str, rules: PairFilterSettings) -> str | None:
+def reject_pair(
+    source: str, target: str, rules: PairFilterSettings, compare_lengths: bool = True
+) -> str | None:
     """None for a pair worth keeping, otherwise the first reason against it.
+
+    ``compare_lengths`` is for translations; a summary is meant to be shorter than its document.
 
     Reasons: ``empty_source``, ``empty_target`` (under ``min_chars``, if that is not 1), ``too_long``,
     ``length_ratio``.
@@ -129,7 +74,7 @@ def reject_pair(source: str, target: str, rules: PairFilterSettings) -> str | No
     if max(len(source), len(target)) > rules.max_chars:
         return "too_long"
     shorter, longer = sorted((_width(source), _width(target)))
-    if longer > _SHORT_WIDTH and longer > rules.max_length_ratio * shorter:
+    if compare_lengths and longer > _SHORT_WIDTH and longer > rules.max_length_ratio * shorter:
         return "length_ratio"
     return None
 

@@ -13,7 +13,7 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from raylm.errors import InputError, RaylmError
 from raylm.models import MAX_POSITIONS, load_tokenizer
 from raylm.progress import Progress, note
 from raylm.settings import CorpusSettings, Settings
-from raylm.storage import MANIFEST, Manifest, Stopwatch, StoragePath
+from raylm.storage import MANIFEST, Manifest, Stopwatch, StoragePath, fingerprint
 from raylm.tasks import TASKS
 
 WORK = "_work"
@@ -85,10 +85,17 @@ def prepare(settings: Settings) -> Manifest:
     )
     cleaned = _clean_units(plan, units)
     _learn_tokenizer(plan, cleaned, settings.model.start_from)
-    shards = _pack_partitions(plan, cleaned)
+    shards, duplicates = _pack_partitions(plan, cleaned)
     _remove_other_shards(tokens, shards)
-    manifest = _manifest(plan, key, units, cleaned, shards, stopwatch)
-    manifest.write(tokens)
+    counts: Counter[str] = Counter()
+    for unit in cleaned:
+        counts.update(unit.counts)
+    counts["kept"] -= duplicates
+    counts["dropped.duplicate"] = duplicates
+    if not shards:
+        dropped = ", ".join(f"{name} {number}" for name, number in counts.items() if number and name != "read")
+        raise InputError(f"corpus: nothing is left of {counts['read']} rows read: {dropped}")
+    manifest = _manifest(plan, key, units, counts, shards, stopwatch).write(tokens)
     (tokens / WORK).delete()
     return manifest
 
@@ -107,11 +114,11 @@ class CleanedUnit:
 def _clean_units(plan: Plan, units: list[Unit]) -> list[CleanedUnit]:
     total = sum(unit.bytes for unit in units) / 1e6
     by_file: dict[str, CleanedUnit] = {}
-    items = [{"unit": unit.as_dict()} for unit in units]
+    items = [{"unit": json.dumps(asdict(unit))} for unit in units]
     with Progress("prepare: clean", total, "MB") as progress:
         done = 0.0
         counts: Counter[str] = Counter()
-        for row in _mapped(items, lambda item: _clean_unit(plan, Unit(**item["unit"]))):
+        for row in _mapped(items, lambda item: _clean_unit(plan, Unit(**json.loads(item["unit"])))):
             by_file[row["file"]] = CleanedUnit(row["file"], json.loads(row["counts"]))
             counts.update(by_file[row["file"]].counts)
             done += row["bytes"] / 1e6
@@ -121,8 +128,7 @@ def _clean_units(plan: Plan, units: list[Unit]) -> list[CleanedUnit]:
 
 def _clean_unit(plan: Plan, unit: Unit) -> dict[str, Any]:
     """Clean the records of a unit into a file of its own; a file that is there is done."""
-    identity = json.dumps([unit.kind, unit.identity], sort_keys=True)
-    file = StoragePath(plan.work) / f"unit-{xxhash.xxh3_128_hexdigest(identity)}.arrow"
+    file = StoragePath(plan.work) / f"unit-{fingerprint([unit.kind, unit.identity])}.arrow"
     if not file.is_file():
         counts: Counter[str] = Counter()
         parts: list[list[tuple[Any, ...]]] = [[] for _ in range(plan.partitions)]
@@ -232,7 +238,7 @@ def _sample(plan: Plan, cleaned: list[CleanedUnit], limit_bytes: float, progress
     left = {True: share, False: share}
     texts = 0
     for partition in range(plan.partitions):
-        for row in _partition_rows(plan, cleaned, partition).to_pylist():
+        for row in _partition_rows(plan, cleaned, partition)[0].to_pylist():
             is_document = row["kind"] == "document"
             if row["split"] != "train" or left[is_document] <= 0:
                 continue
@@ -249,15 +255,17 @@ def _sample(plan: Plan, cleaned: list[CleanedUnit], limit_bytes: float, progress
 # --------------------------------------------------------------------- pass two: deduplicate, tokenise, pack
 
 
-def _pack_partitions(plan: Plan, cleaned: list[CleanedUnit]) -> list[dict[str, Any]]:
-    """Write the shards; returns what each file holds."""
+def _pack_partitions(plan: Plan, cleaned: list[CleanedUnit]) -> tuple[list[dict[str, Any]], int]:
+    """Write the shards; returns what each file holds, and how many duplicates were dropped."""
     shards: list[dict[str, Any]] = []
+    duplicates = 0
     items = [{"partition": partition} for partition in range(plan.partitions)]
     with Progress("prepare: pack", plan.partitions, "shards") as progress:
         for done, row in enumerate(_mapped(items, lambda item: _pack_partition(plan, cleaned, item["partition"])), 1):
             shards += json.loads(row["shards"])
+            duplicates += row["duplicates"]
             progress.update(done, f"{sum(shard['tokens'] for shard in shards) / 1e6:,.1f} M tokens")
-    return sorted(shards, key=lambda shard: str(shard["name"]))
+    return sorted(shards, key=lambda shard: str(shard["name"])), duplicates
 
 
 def _pack_partition(plan: Plan, cleaned: list[CleanedUnit], partition: int) -> dict[str, Any]:
@@ -269,7 +277,7 @@ def _pack_partition(plan: Plan, cleaned: list[CleanedUnit], partition: int) -> d
     encoder = text_encoder(tokenizer.backend_tokenizer)
     end, pad, ids = tokenizer.eos_token_id, tokenizer.pad_token_id, token_type(len(tokenizer))
 
-    rows = _partition_rows(plan, cleaned, partition)
+    rows, duplicates = _partition_rows(plan, cleaned, partition)
     is_document = pa.compute.equal(rows["kind"], "document")
     documents, pairs = rows.filter(is_document), rows.filter(pa.compute.invert(is_document))
     shards = []
@@ -288,7 +296,7 @@ def _pack_partition(plan: Plan, cleaned: list[CleanedUnit], partition: int) -> d
                 table["target_ids"].combine_chunks().values
             )
             shards.append(_write_shard(root, f"pairs/{split}/shard-{partition:05d}.arrow", table, tokens_in))
-    return {"shards": json.dumps(shards)}
+    return {"shards": json.dumps(shards), "duplicates": duplicates}
 
 
 def tokenized_pairs(pairs: pa.Table, encoder: Any, vocabulary: dict[str, int], end: int, ids: pa.DataType) -> pa.Table:
@@ -319,8 +327,11 @@ def tokenized_pairs(pairs: pa.Table, encoder: Any, vocabulary: dict[str, int], e
     )
 
 
-def _partition_rows(plan: Plan, cleaned: list[CleanedUnit], partition: int) -> pa.Table:
-    """The records of one partition from all units, in the order of their hashes, exact duplicates dropped."""
+def _partition_rows(plan: Plan, cleaned: list[CleanedUnit], partition: int) -> tuple[pa.Table, int]:
+    """The records of one partition from all units, in the order of their hashes, without exact duplicates.
+
+    :returns: the records that are left, and how many duplicates there were.
+    """
     batches = []
     for unit in cleaned:
         with (StoragePath(plan.work) / unit.file).open_input() as stream:
@@ -334,7 +345,7 @@ def _partition_rows(plan: Plan, cleaned: list[CleanedUnit], partition: int) -> p
     table = table.take(order)
     hashes = table["hash"].to_pylist()
     first = [index == 0 or hashes[index] != hashes[index - 1] for index in range(len(hashes))]
-    return table.filter(pa.array(first, pa.bool_()))
+    return table.filter(pa.array(first, pa.bool_())), len(first) - sum(first)
 
 
 def _write_shard(root: StoragePath, name: str, table: pa.Table, tokens: int) -> dict[str, Any]:
@@ -384,9 +395,9 @@ def _key(corpus: CorpusSettings, start_from: str | None, units: list[Unit]) -> s
         "format": _FORMAT,
         "corpus": corpus.model_dump(mode="json", exclude={"name"}),
         "start_from": start_from,
-        "units": sorted(json.dumps([unit.kind, unit.identity], sort_keys=True) for unit in units),
+        "units": sorted(fingerprint([unit.kind, unit.identity]) for unit in units),
     }
-    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True))
+    return fingerprint(content)
 
 
 def _remove_other_shards(tokens: StoragePath, shards: list[dict[str, Any]]) -> None:
@@ -403,30 +414,22 @@ def _manifest(
     plan: Plan,
     key: str,
     units: list[Unit],
-    cleaned: list[CleanedUnit],
+    counts: Counter[str],
     shards: list[dict[str, Any]],
     stopwatch: Stopwatch,
 ) -> Manifest:
-    counts: Counter[str] = Counter()
-    for unit in cleaned:
-        counts.update(unit.counts)
-    files: Counter[str] = Counter()
+    rows, tokens = Counter[str](), Counter[str]()
     for shard in shards:
-        files[str(Path(shard["name"]).parent)] += shard["tokens"]
-    rows: Counter[str] = Counter()
-    for shard in shards:
-        rows[str(Path(shard["name"]).parent)] += shard["rows"]
-    if not shards:
-        dropped = {name: number for name, number in counts.items() if name.startswith("dropped.")}
-        raise InputError(f"corpus: nothing is left of {counts['read']} rows read; {dropped}")
-    seconds = max(stopwatch.elapsed_s, 1e-3)
-    megabytes = sum(unit.bytes for unit in units) / 1e6
+        split = shard["name"].rpartition("/")[0]
+        rows[split] += shard["rows"]
+        tokens[split] += shard["tokens"]
+    size, seconds = sum(unit.bytes for unit in units), stopwatch.elapsed_s
     return Manifest(
         stage="prepare",
         settings={"corpus": plan.corpus.model_dump(mode="json")},
-        inputs={"key": key, "units": len(units), "bytes": sum(unit.bytes for unit in units)},
+        inputs={"key": key, "units": len(units), "bytes": size},
         outputs=shards,
-        counts={**dict(sorted(counts.items())), "rows": dict(rows), "tokens": dict(files)},
-        metrics={"mb_per_s": round(megabytes / seconds, 2), "tokens": sum(files.values())},
+        counts={**dict(sorted(counts.items())), "rows": dict(rows), "tokens": dict(tokens)},
+        metrics={"mb_per_s": round(size / 1e6 / seconds, 2), "tokens": sum(tokens.values())},
         wall_time_s=seconds,
     )

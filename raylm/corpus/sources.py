@@ -11,7 +11,7 @@ import difflib
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,9 +82,6 @@ class Unit:
     pairs: bool
     arguments: dict[str, Any] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 # ----------------------------------------------------------------------------------------- planning
 
@@ -104,7 +101,7 @@ def plan_units(corpus: CorpusSettings) -> list[Unit]:
             units += _cldr_units(pair_source, f"corpus.pairs[{number}]")
         elif isinstance(pair_source, PairFileSource):
             units += _file_units(pair_source, f"corpus.pairs[{number}]", documents=False)
-    return units + _docstring_units(corpus)
+    return [*units, *_docstring_units(corpus)]
 
 
 def _file_units(source: FileSource | PairFileSource, key: str, documents: bool) -> Iterator[Unit]:

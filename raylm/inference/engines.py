@@ -39,7 +39,9 @@ Decode = Callable[[Sequence[str], str | None], list[Output]]
 """Texts and a prompt token to their outputs, in order: `Engine.decode`, or a service that hosts one."""
 
 
-def answer_texts(decode: Decode, task: Task, texts: Sequence[str | None], prompt_token: str | None) -> list[Output]:
+def answer_texts(
+    decode: Decode, task: Task, texts: Sequence[str | None], prompt_token: str | None
+) -> list[Output]:
     """One output for each text, in order. Translations go sentence by sentence; null and empty texts are errors.
 
     A text's answer is truncated when any of its sentences is; its error is the first of theirs.
@@ -81,7 +83,11 @@ class Engine:
     """
 
     def __init__(
-        self, model: ModelInfo, settings: DecodeSettings, device: Literal["cpu", "cuda"] = "cpu", threads: int = 1
+        self,
+        model: ModelInfo,
+        settings: DecodeSettings,
+        device: Literal["cpu", "cuda"] = "cpu",
+        threads: int = 1,
     ) -> None:
         import ctranslate2
 
@@ -257,7 +263,9 @@ def _end_token(directory: Path, tokens: dict[int, str]) -> str:
     end = config.get("eos_token_id")
     number = end[0] if isinstance(end, list) else end
     if number not in tokens:
-        raise ArtifactError(f"{directory / 'config.json'}: eos_token_id is {end!r}, not an id of the tokenizer")
+        raise ArtifactError(
+            f"{directory / 'config.json'}: eos_token_id is {end!r}, not an id of the tokenizer"
+        )
     return tokens[number]
 
 
@@ -280,7 +288,9 @@ def converted_model(model: ModelInfo, quantization: str) -> Path:
     for home in homes:
         if _is_writable(home):
             return _convert_into(home, name, model, quantization)
-    raise ArtifactError(f"no place to keep the converted model: neither {homes[0]} nor {homes[1]} is writable")
+    raise ArtifactError(
+        f"no place to keep the converted model: neither {homes[0]} nor {homes[1]} is writable"
+    )
 
 
 def _convert_into(home: Path, name: str, model: ModelInfo, quantization: str) -> Path:

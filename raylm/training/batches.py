@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 from numpy.typing import NDArray
 
 from raylm.errors import ArtifactError
-from raylm.storage import StoragePath
+from raylm.storage import StoragePath, fingerprint
 
 Indices = NDArray[np.int64]
 
@@ -81,7 +80,7 @@ def _local_copy(file: StoragePath) -> Path:
     if file.is_local:
         return file.local()
     info = file.info()
-    key = xxhash.xxh3_64_hexdigest(f"{file.uri} {info.size} {info.mtime_ns}")
+    key = fingerprint([file.uri, info.size, info.mtime_ns])
     local = Path(tempfile.gettempdir()) / "raylm-shards" / key / file.name
     if not local.exists():
         partial = local.with_suffix(f".{np.random.default_rng().integers(1 << 32)}.tmp")

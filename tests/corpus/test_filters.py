@@ -5,7 +5,8 @@ import pytest
 from pydantic import ValidationError
 
 from raylm.corpus.clean import clean
-from raylm.corpus.filters import FilterSettings, PairFilterSettings, reject_document, reject_pair
+from raylm.corpus.filters import reject_document, reject_pair
+from raylm.settings import FilterSettings, PairFilterSettings
 
 DATA = Path(os.environ.get("RAYLM_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 RULES = FilterSettings()

@@ -1,0 +1,297 @@
+"""Input tables of a batch job: Parquet, JSON Lines and CSV files, listed, checked, and read by ranges of rows."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from raylm.errors import InputError
+from raylm.inference.convert import PREPARED_ROWS, prepare
+from raylm.storage import StoragePath, find_files
+
+Format = Literal["parquet", "jsonl", "csv"]
+
+FORMATS: dict[str, Format] = {
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+}
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file of the input, found but not opened."""
+
+    uri: str
+    relative: str
+    """Its path below the input directory; the name alone for a single file."""
+    format: Format
+    bytes: int
+    mtime_ns: int
+
+    @property
+    def place(self) -> StoragePath:
+        return StoragePath(self.uri)
+
+    @property
+    def identity(self) -> str:
+        """Changes when the file does: a hash of path, size and time of change."""
+        return xxhash.xxh3_64(f"{self.place}\0{self.bytes}\0{self.mtime_ns}".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class InputTable:
+    """An opened file: its rows are counted, its columns known."""
+
+    file: InputFile
+    rows: int
+    columns: pa.Schema
+    prepared: str | None = None
+    """For JSON Lines and CSV: the Arrow file of equal batches that its rows were copied to."""
+
+
+# -------------------------------------------------------------------------------------------- finding
+
+
+def format_of(name: str) -> Format:
+    """The format that a file's suffix names.
+
+    :raises InputError: none that is known.
+    """
+    suffix = suffix_of(name)
+    if suffix not in FORMATS:
+        raise InputError(f"{name}: unknown suffix '{suffix}'; expected one of {', '.join(FORMATS)}")
+    return FORMATS[suffix]
+
+
+def suffix_of(name: str) -> str:
+    """The last suffix of a file's name, in lower case."""
+    return os.path.splitext(name.rsplit("/", 1)[-1])[1].lower()
+
+
+def is_glob(pattern: str) -> bool:
+    return any(sign in pattern for sign in "*?[") and not StoragePath(pattern).is_file()
+
+
+def list_inputs(pattern: str) -> list[InputFile]:
+    """The files of an input, in the order of their paths.
+
+    :param pattern: a file, a directory or a glob, on any storage.
+    :raises InputError: there are none, one is empty, or one has an unknown suffix.
+    """
+    place = StoragePath(pattern)
+    found = list(find_files(pattern, tuple(FORMATS)))
+    if not found:
+        if place.is_dir():
+            raise InputError(f"{pattern}: the directory holds no file that ends in {', '.join(FORMATS)}")
+        what = "no file matches" if is_glob(pattern) else "there is no such file or directory"
+        raise InputError(f"{pattern}: {what}")
+    if place.is_file():
+        root = place.parent.path
+    elif place.is_dir():
+        root = place.path
+    else:
+        root = os.path.commonpath([os.path.dirname(info.path) for _, info in found])
+    files = []
+    for child, info in found:
+        if info.size == 0:
+            raise InputError(f"{child}: the file is empty (0 bytes)")
+        relative = info.path[len(root.rstrip("/")) + 1 :]
+        files.append(InputFile(child.uri, relative, format_of(child.name), info.size, info.mtime_ns or 0))
+    return files
+
+
+def open_table(file: InputFile, work: StoragePath) -> InputTable:
+    """The file's rows and columns. JSON Lines and CSV are copied once to an Arrow file in the work directory.
+
+    :raises InputError: it cannot be read as what its suffix says.
+    """
+    if file.format != "parquet":
+        place = work / f"input-{file.identity}.arrow"
+        rows, columns = prepare(file.place, file.format, place)
+        return InputTable(file, rows, columns, prepared=place.uri)
+    try:
+        with file.place.open_input() as stream:
+            parquet = pq.ParquetFile(stream)
+            return InputTable(file, parquet.metadata.num_rows, parquet.schema_arrow)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: InputFile, error: Exception) -> InputError:
+    reason = str(error).strip().splitlines()[0]
+    return InputError(f"{file.place}: not readable as {file.format}, corrupt or cut off: {reason}")
+
+
+# --------------------------------------------------------------------------------------------- column
+
+
+def choose_column(table: InputTable, wanted: str | None) -> str:
+    """The column with the text: the one named, or the only one that holds text.
+
+    :raises InputError: it is not there or holds no text, or there are several to choose from.
+    """
+    columns = table.columns
+    listed = ", ".join(f"{field.name} ({field.type})" for field in columns)
+    textual = [field.name for field in columns if _is_text(field)]
+    where = table.file.place
+    if wanted is None:
+        if len(textual) == 1:
+            return str(textual[0])
+        if textual:
+            raise InputError(
+                f"{where}: several columns hold text, name one with --column: {', '.join(textual)}"
+            )
+        raise InputError(f"{where}: no column holds text; its columns: {listed or 'none'}")
+    if wanted not in columns.names:
+        near = difflib.get_close_matches(wanted, columns.names, n=1, cutoff=0.5)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise InputError(f"{where}: there is no column '{wanted}'{hint} Its columns: {listed or 'none'}")
+    field = columns.field(wanted)
+    if not _is_text(field) and not pa.types.is_null(field.type) and not _is_marked(field, b"number"):
+        raise InputError(f"{where}: column '{wanted}' holds {field.type}, text (string) is expected")
+    return wanted
+
+
+def _is_text(field: pa.Field) -> bool:
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    textual = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return textual and not _is_marked(field, b"number", b"json")
+
+
+def _is_marked(field: pa.Field, *kinds: bytes) -> bool:
+    return bool(field.metadata) and field.metadata.get(b"raylm") in kinds
+
+
+# -------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The text column of a range of rows, in order; a row has a text, or a problem, or neither where it is null."""
+
+    values: list[str | None]
+    problems: list[str | None]
+
+
+def read_texts(table: InputTable, column: str, start: int, stop: int) -> Texts:
+    """The texts of the rows [start, stop).
+
+    A process that reads range after range of a Parquet file decodes each row group's column once.
+
+    :raises InputError: the file became unreadable.
+    """
+    values: list[Any] = []
+    if table.prepared is None:
+        file = table.file
+        try:
+            with file.place.open_input() as stream:
+                groups = _row_groups(pq.ParquetFile(stream))
+            for group, first, rows in groups:
+                if first < stop and start < first + rows:
+                    cells = _text_column(file.uri, file.mtime_ns, group, column)
+                    low, high = max(start - first, 0), min(stop - first, rows)
+                    values += _to_texts(cells.slice(low, high - low))
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(file, error) from error
+    else:
+        for batch in _prepared_rows(table, start, stop):
+            if table.file.format == "jsonl":
+                values += [json.loads(line).get(column) for line in batch["line"].to_pylist()]
+            else:
+                values += batch[column].to_pylist()
+    return Texts(
+        [value if isinstance(value, str) else None for value in values],
+        [_problem(value) for value in values],
+    )
+
+
+def _problem(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return None
+    if isinstance(value, bytes):
+        return "text is not valid UTF-8"
+    return f"not a text but a JSON {_JSON_NAMES.get(type(value), 'value')}"
+
+
+_JSON_NAMES = {bool: "boolean", int: "number", float: "number", list: "array", dict: "object"}
+
+
+def _row_groups(parquet: pq.ParquetFile) -> list[tuple[int, int, int]]:
+    """(index, first row, rows) of each row group."""
+    groups, first = [], 0
+    for index in range(parquet.metadata.num_row_groups):
+        rows = parquet.metadata.row_group(index).num_rows
+        groups.append((index, first, rows))
+        first += rows
+    return groups
+
+
+@lru_cache(maxsize=2)
+def _text_column(uri: str, mtime_ns: int, group: int, column: str) -> pa.ChunkedArray:
+    with StoragePath(uri).open_input() as stream:
+        return pq.ParquetFile(stream).read_row_group(group, columns=[column])[column]
+
+
+def _to_texts(cells: pa.ChunkedArray) -> list[Any]:
+    """The cells as str; one that is not UTF-8 stays bytes."""
+    try:
+        values: list[Any] = cells.to_pylist()
+        return values
+    except UnicodeDecodeError:
+        if pa.types.is_dictionary(cells.type):
+            cells = cells.cast(cells.type.value_type)
+        return [_decoded(value) for value in cells.cast(pa.large_binary()).to_pylist()]
+
+
+def _decoded(value: bytes | None) -> Any:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def _prepared_rows(table: InputTable, start: int, stop: int) -> Iterator[pa.RecordBatch]:
+    """The rows [start, stop) of a prepared file, read in its batches of equal size."""
+    if start >= stop:
+        return
+    assert table.prepared is not None
+    with StoragePath(table.prepared).open_input() as stream:
+        reader = pa.ipc.open_file(stream)
+        for index in range(start // PREPARED_ROWS, (stop - 1) // PREPARED_ROWS + 1):
+            first = index * PREPARED_ROWS
+            batch = reader.get_batch(index)
+            low, high = max(start - first, 0), min(stop - first, batch.num_rows)
+            yield batch.slice(low, high - low)
+
+
+def read_rows(table: InputTable, rows: int) -> Iterator[pa.RecordBatch]:
+    """The first `rows` rows with all columns, batch by batch; JSON Lines as one column `line` of raw JSON.
+
+    :raises InputError: the file became unreadable.
+    """
+    if table.prepared is not None:
+        for start in range(0, rows, PREPARED_ROWS):
+            yield from _prepared_rows(table, start, min(start + PREPARED_ROWS, rows))
+        return
+    left = rows
+    try:
+        with table.file.place.open_input() as stream:
+            for batch in pq.ParquetFile(stream).iter_batches(batch_size=PREPARED_ROWS):
+                if left <= 0:
+                    return
+                yield batch.slice(0, left)
+                left -= batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(table.file, error) from error
