@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import wraps
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -48,9 +47,7 @@ def _with_settings(command: Command) -> Command:
     @click.option("--with", "overlays", multiple=True, type=click.Path(), help="YAML laid over metadata.raylm.")
     @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value.")
     @wraps(command)
-    def loaded(
-        cluster: str | None, overlays: tuple[str, ...], overrides: tuple[str, ...], **arguments: Any
-    ) -> Any:
+    def loaded(cluster: str | None, overlays: tuple[str, ...], overrides: tuple[str, ...], **arguments: Any) -> Any:
         return command(settings=settings_module.load(cluster, overlays, overrides), **arguments)
 
     return loaded  # type: ignore[return-value]
@@ -180,9 +177,7 @@ def batch_summarize(settings: Settings, **arguments: Any) -> None:
     _batch(settings, SUMMARIZE, **arguments)
 
 
-def _batch(
-    settings: Settings, task: Task, input_path: str, model: str | None, as_json: bool, **arguments: Any
-) -> None:
+def _batch(settings: Settings, task: Task, input_path: str, model: str | None, as_json: bool, **arguments: Any) -> None:
     from raylm.inference.batch import run_batch
 
     with ray_session():
@@ -258,13 +253,21 @@ def ray_session() -> Iterator[None]:
         yield
         return
     ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-    # raylm shows progress of its own.
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    _hush_ray_data()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _hush_ray_data() -> None:
+    """Keep Ray Data's progress bars and notes off the terminal: raylm shows progress of its own."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.name == "console":
+            handler.setLevel(logging.ERROR)
 
 
 def _prepare_if_needed(settings: Settings) -> None:

@@ -1,4 +1,480 @@
-"""Stub being replaced."""
-from raylm.storage import Manifest
-def manifest_table(m: Manifest) -> str:
-    return str({k: v for k, v in m.__dict__.items() if k not in ("settings", "outputs", "samples")})
+"""What the manifests say, for a person: a short text for the terminal and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.resources import files
+from typing import Any
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from raylm import __version__
+from raylm.errors import ArtifactError
+from raylm.progress import duration
+from raylm.storage import MANIFEST, Manifest, StoragePath
+
+STAGES = ("prepare", "pretrain", "finetune", "evaluate", "export")
+"""In the order of the road; batch jobs come after them."""
+
+# What an artifact of a stage is called: the folder below the storage, the settings that hold its name.
+_FOLDERS = {
+    "prepare": ("tokens", "corpus"),
+    "pretrain": ("runs", "pretrain"),
+    "finetune": ("runs", "finetune"),
+    "export": ("models", "model"),
+}
+_SCORES = {
+    "chrf": "chrF",
+    "bleu": "BLEU",
+    "exact_match": "exact match",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+}
+_HEADLINES = ("chrf", "bleu", "exact_match", "rougeL")
+_MOST_FACTS = 12
+_MOST_SAMPLES = 30
+_SHOWN_SAMPLES = 6
+_MOST_POINTS = 2_000
+
+
+# ---------------------------------------------------------------------------------------- for the terminal
+
+
+def manifest_table(manifest: Manifest) -> str:
+    """What a command prints at its end: stage, time, what came out, where it is."""
+    facts = manifest_facts(manifest)
+    if len(facts) > _MOST_FACTS:
+        facts = [*facts[: _MOST_FACTS - 1], ("…", f"{len(facts) - _MOST_FACTS + 1} more")]
+    if place := _place(manifest):
+        facts.append(("artifact", place))
+    title = f"{manifest.stage}: {'estimate' if _is_estimate(manifest) else duration(manifest.wall_time_s)}"
+    width = max((cell_len(label) for label, _ in facts), default=0)
+    lines: list[RenderableType] = [Text(title, style="bold")]
+    for label, value in facts:
+        lines.append(Text.assemble((f"  {label:<{width}}", "cyan"), "  ", value))
+    return _rendered(lines)
+
+
+def write_report(root: str, html: str | None = None) -> str:
+    """A summary of all artifacts below a directory, after writing a page about them.
+
+    :param html: where the page goes; default: `report.html` in the directory.
+    :raises ArtifactError: there is no artifact.
+    """
+    found = find_artifacts(StoragePath(root))
+    page = StoragePath(html) if html else StoragePath(root) / "report.html"
+    page.write_bytes(render_page(found).encode())
+    table = _table("artifact", "stage", "result", "time")
+    for artifact in found.artifacts:
+        manifest = artifact.manifest
+        result = _result(manifest, artifact.progress)
+        table.add_row(artifact.name, manifest.stage, result, duration(manifest.wall_time_s))
+    lines: list[RenderableType] = [table]
+    lines += [Text(f"passed over: {reason}", style="yellow") for reason in found.unreadable]
+    return _rendered([*lines, Text(f"page: {page}")])
+
+
+def quickstart_summary(manifests: list[Manifest], report_path: str) -> str:
+    """The end of `raylm quickstart`: what each stage gave and where it is, a few samples, the page.
+
+    :param report_path: the page, which lies in the storage's root.
+    """
+    storage = StoragePath(report_path).parent
+    table = _table("stage", "result", f"below {storage}", "time")
+    run = ""
+    for manifest in manifests:
+        if manifest.stage == "finetune":
+            run = _folder(manifest)
+        place = f"{run}/evaluation" if manifest.stage == "evaluate" else _folder(manifest)
+        places = [_below(storage, path) for path in _output_paths(manifest)] or [place]
+        losses = _json_lines(storage / place / "metrics.jsonl")
+        table.add_row(manifest.stage, _result(manifest, losses), "\n".join(places), duration(manifest.wall_time_s))
+    table.add_section()
+    table.add_row("total", "", "", duration(sum(manifest.wall_time_s for manifest in manifests)))
+    lines: list[RenderableType] = [table]
+    for title, stage in (("Translations", "batch-translate"), ("Summaries", "batch-summarize")):
+        samples = [sample for manifest in manifests if manifest.stage == stage for sample in manifest.samples]
+        if samples:
+            lines.append(Text(title, style="bold"))
+            lines += [_sample_line(sample["source"], sample["output"]) for sample in samples[:3]]
+            lines.append(Text())
+    return _rendered([*lines, Text(f"page: {report_path}")])
+
+
+def manifest_facts(manifest: Manifest) -> list[tuple[str, str]]:
+    """What there is to say of an artifact besides its time and place, as labels and values."""
+    counts, metrics = manifest.counts, manifest.metrics
+    if manifest.stage == "prepare":
+        read, kept = counts["read"], counts["kept"]
+        dropped = ", ".join(f"{reason} {number:,}" for reason, number in drop_reasons(manifest))
+        return [
+            ("read", f"{read:,} rows, {size(manifest.inputs['bytes'])} at {metrics['mb_per_s']} MB/s"),
+            ("kept", f"{kept:,} rows ({percent(kept, read)})"),
+            ("dropped", f"{read - kept:,} rows ({percent(read - kept, read)})" + f": {dropped}" * bool(dropped)),
+            ("tokens", f"{metrics['tokens']:,}"),
+        ]
+    if manifest.stage in ("pretrain", "finetune"):
+        perplexity = metrics["validation_perplexity"]
+        return [
+            ("steps", f"{metrics['step']:,}, the best checkpoint at {metrics['best_step']:,}"),
+            ("loss", f"{metrics['loss']:.4f} nats per token"),
+            ("validation", f"{metrics['validation_loss']:.4f} nats per token, perplexity {perplexity:,.2f}"),
+            ("speed", f"{metrics['tokens_per_s']:,.0f} tokens/s, {_counted(metrics['workers'], 'worker')}"),
+            ("model", f"{metrics['parameters']:,} parameters"),
+        ]
+    if manifest.stage == "evaluate":
+        scores = [(task, _score_line(result)) for task, result in score_sets(manifest)]
+        return [*scores, ("perplexity", f"{metrics['validation_perplexity']:,.2f} on validation rows")]
+    if manifest.stage == "export":
+        return [
+            ("files", f"{len(manifest.outputs)}, {size(sum(entry['bytes'] for entry in manifest.outputs))}"),
+            ("validation", f"{metrics['validation_loss']:.4f} nats per token"),
+        ]
+    if _is_estimate(manifest):
+        return [
+            ("rows", f"{counts['rows']:,} in {_counted(counts['chunks'], 'chunk')}"),
+            ("tokens", f"{counts['source_tokens']:,} read, {counts['output_tokens']:,} written"),
+            ("time", f"{duration(metrics['predicted_s'])}, {_counted(manifest.settings['workers'], 'worker')}"),
+            ("told from", f"{_counted(metrics['sample_rows'], 'row')} in {metrics['sample_s']:.1f} s"),
+        ]
+    if manifest.stage.startswith("batch-"):
+        reasons = ", ".join(f"{reason} {number:,}" for reason, number in counts["error_reasons"].items())
+        speed = f"{metrics['rows_per_s']:,.1f} rows/s, {metrics['output_tokens_per_s']:,.0f} tokens/s"
+        facts = [
+            ("rows", f"{counts['rows']:,}: {counts['answered']:,} answered, {counts['truncated']:,} truncated"),
+            ("errors", f"{counts['errors']:,}" + f": {reasons}" * bool(reasons)),
+            ("speed", speed),
+        ]
+        if reused := metrics.get("chunks_reused"):
+            facts.append(("reused", f"{reused:,} of {_counted(metrics['chunks'], 'chunk')}"))
+        return facts
+    return [(name, f"{value:,}") for name, value in metrics.items() if isinstance(value, int | float)]
+
+
+def drop_reasons(manifest: Manifest) -> list[tuple[str, int]]:
+    """Why rows were dropped in preparation, the commonest reason first."""
+    dropped = Counter(
+        {
+            name.removeprefix("dropped.").replace("_", " "): number
+            for name, number in sorted(manifest.counts.items())
+            if name.startswith("dropped.") and number
+        }
+    )
+    return dropped.most_common()
+
+
+def score_sets(manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:
+    """The test sets of an evaluation with their scores."""
+    return [(name, result) for name, result in manifest.metrics.items() if isinstance(result, dict)]
+
+
+def _score_line(result: dict[str, Any]) -> str:
+    named = [name for name in _HEADLINES if name in result]
+    parts = [f"{_SCORES[name]} {result[name]:.1f} ({result['baseline'][name]:.1f})" for name in named]
+    return f"{', '.join(parts)} in {_counted(result['rows'], 'row')} (in brackets: {result['baseline']['method']})"
+
+
+def _result(manifest: Manifest, progress: Iterable[dict[str, Any]]) -> str:
+    """The gist of an artifact in a line or two."""
+    metrics, counts = manifest.metrics, manifest.counts
+    if manifest.stage == "prepare":
+        return f"{counts['kept']:,} of {counts['read']:,} rows kept, {metrics['tokens']:,} tokens"
+    if manifest.stage in ("pretrain", "finetune"):
+        losses = [row["loss"] for row in progress if "loss" in row]
+        start = f"{losses[0]:.2f} → " if losses else ""
+        return f"loss {start}{metrics['loss']:.2f}, {metrics['tokens_per_s']:,.0f} tokens/s"
+    if manifest.stage.startswith("batch-") and not _is_estimate(manifest):
+        return f"{counts['rows']:,} rows, {counts['errors']:,} with errors, {metrics['rows_per_s']:,.1f} rows/s"
+    if manifest.stage == "evaluate":
+        return "\n".join(f"{task}: {_score_line(result)}" for task, result in score_sets(manifest))
+    return ", ".join(f"{label} {value}" for label, value in manifest_facts(manifest)[:2])
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for column in columns:
+        is_time = column == "time"
+        table.add_column(column, no_wrap=is_time, justify="right" if is_time else "left", overflow="fold")
+    return table
+
+
+def _rendered(parts: Sequence[RenderableType]) -> str:
+    """Lines as wide as the terminal, coloured where there is one; a path stays in one piece."""
+    console = Console(
+        file=io.StringIO(),
+        width=_terminal_width(),
+        force_terminal=sys.stdout.isatty(),
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+    with console.capture() as capture:
+        for part in parts:
+            console.print(part, soft_wrap=isinstance(part, Text))
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+
+
+def _terminal_width() -> int:
+    return shutil.get_terminal_size((100, 24)).columns
+
+
+def _sample_line(source: str, output: str) -> Text:
+    """Source and output side by side in one line; what is too long ends in `…`."""
+    left, right = (Text("".join(c for c in " ".join(text.split()) if c.isprintable())) for text in (source, output))
+    room = max(_terminal_width() - 5, 20)
+    left_room = min(left.cell_len, max(room // 2, room - right.cell_len))
+    left.truncate(left_room, overflow="ellipsis")
+    right.truncate(room - left.cell_len, overflow="ellipsis")
+    return Text.assemble("  ", left, (" → ", "dim"), right)
+
+
+def _place(manifest: Manifest) -> str | None:
+    """Where an artifact is, as far as its manifest tells."""
+    if paths := _output_paths(manifest):
+        return paths[0] if len(paths) == 1 else f"{StoragePath(paths[0]).parent} ({len(paths)} files)"
+    folder = _folder(manifest)
+    inside = manifest.inputs.get("run" if manifest.stage == "export" else "tokens")
+    return str(StoragePath(inside).parent.parent / folder) if inside else folder or None
+
+
+def _folder(manifest: Manifest) -> str:
+    """An artifact's directory below the storage; empty where its stage has none of a fixed name."""
+    folder, section = _FOLDERS.get(manifest.stage, ("", ""))
+    return f"{folder}/{manifest.settings[section]['name']}" if folder else ""
+
+
+def _output_paths(manifest: Manifest) -> list[str]:
+    return [entry["path"] for entry in manifest.outputs if "path" in entry]
+
+
+def _below(directory: StoragePath, path: str) -> str:
+    return path.removeprefix(f"{str(directory).rstrip('/')}/")
+
+
+def _is_estimate(manifest: Manifest) -> bool:
+    return bool(manifest.settings.get("dry_run"))
+
+
+# ------------------------------------------------------------------------------------------- finding
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished artifact: its directory, its name below the report's root, the bytes it takes."""
+
+    place: StoragePath
+    name: str
+    manifest: Manifest
+    bytes: int
+
+    @cached_property
+    def progress(self) -> list[dict[str, Any]]:
+        """The rows of a training run's metrics."""
+        return _json_lines(self.place / "metrics.jsonl")
+
+    @cached_property
+    def samples(self) -> dict[str, list[dict[str, Any]]]:
+        """An evaluation's first predictions of each test set, with their sources and references."""
+        by_task: dict[str, list[dict[str, Any]]] = {}
+        for row in _json_lines(self.place / "predictions.jsonl") or self.manifest.samples:
+            rows = by_task.setdefault(row["task"], [])
+            if len(rows) < _MOST_SAMPLES:
+                rows.append(row)
+        return by_task
+
+
+@dataclass(frozen=True)
+class Found:
+    """All artifacts below a root in the order of the road, and which manifests could not be read."""
+
+    root: StoragePath
+    artifacts: list[Artifact]
+    unreadable: list[str] = field(default_factory=list)
+
+    def of(self, *stages: str) -> list[Artifact]:
+        """The artifacts whose stage is one of some, or begins with one that ends in `-`."""
+        exact, begins = set(stages), tuple(stage for stage in stages if stage.endswith("-"))
+        return [a for a in self.artifacts if a.manifest.stage in exact or a.manifest.stage.startswith(begins)]
+
+
+def find_artifacts(root: StoragePath) -> Found:
+    """Every artifact with a manifest below a directory; checkpoints belong to their runs and are left out.
+
+    :raises ArtifactError: there is none.
+    """
+    listed = root.list(recursive=True) if root.is_dir() else []
+    found, unreadable = [], []
+    for file, _ in listed:
+        place = file.parent
+        if file.name != MANIFEST or place.parent.name == "checkpoints":
+            continue
+        try:
+            manifest = Manifest.read(place)
+        except ArtifactError as error:
+            unreadable.append(str(error))
+            continue
+        if manifest is None or manifest.stage == "checkpoint":
+            continue
+        inside = f"{place.path.rstrip('/')}/"
+        stored = sum(info.size or 0 for _, info in listed if info.path.startswith(inside) and info.is_file)
+        is_output = manifest.stage.startswith("batch-")
+        taken = sum(entry["bytes"] for entry in manifest.outputs) if is_output else stored
+        name = _below(root, str(place)).removesuffix(".raylm") if place.path != root.path else place.name
+        found.append(Artifact(place, name, manifest, taken))
+    if not found:
+        raise ArtifactError(
+            f"report: no manifest.json below {root}; run `raylm quickstart` or `raylm prepare` first,"
+            " or name the directory that their artifacts are in"
+        )
+    order = {stage: number for number, stage in enumerate(STAGES)}
+    found.sort(key=lambda artifact: (order.get(artifact.manifest.stage, len(order)), artifact.name))
+    return Found(root, found, unreadable)
+
+
+def _json_lines(file: StoragePath) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file; none where there is no file."""
+    return [json.loads(line) for line in file.read_bytes().splitlines() if line.strip()] if file.is_file() else []
+
+
+# ------------------------------------------------------------------------------------------ the page
+
+
+def render_page(found: Found) -> str:
+    """The whole page as HTML; the same artifacts give the same text."""
+    import jinja2
+    import yaml
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "duration": duration,
+        "size": size,
+        "number": "{:,}".format,
+        "date": lambda text: text[:16].replace("T", " "),
+        "yaml": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True),
+    }
+    template = environment.from_string((files("raylm") / "report.html.jinja").read_text(encoding="utf-8"))
+    return template.render(
+        found=found,
+        version=__version__,
+        facts=manifest_facts,
+        drop_reasons=drop_reasons,
+        score_sets=score_sets,
+        score_names=_SCORES,
+        percent=percent,
+        charts=lambda artifact: [(label, Markup(svg)) for label, svg in run_charts(artifact)],
+        shown_samples=_SHOWN_SAMPLES,
+    )
+
+
+def run_charts(artifact: Artifact) -> list[tuple[str, str]]:
+    """A run's loss, speed and learning rate over its steps: what each chart shows, and its SVG."""
+    logged = _thinned([row for row in artifact.progress if "loss" in row])
+    validated = _thinned([row for row in artifact.progress if "validation_loss" in row])
+    if not logged:
+        return []
+    losses = [("training", logged, "loss"), ("validation", validated, "validation_loss")]
+    name = artifact.name
+    return [
+        ("loss", _chart(f"{name} loss", losses, "loss (nats per token)", (6.4, 4.3))),
+        ("speed", _chart(f"{name} speed", [("", logged, "tokens_per_s")], "tokens/s", (6.4, 2.15), 0)),
+        ("learning rate", _chart(f"{name} rate", [("", logged, "learning_rate")], "learning rate", (6.4, 2.15), 0)),
+    ]
+
+
+def _thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Evenly chosen rows, as many as a chart can show, always with the last one."""
+    stride = -(-len(rows) // _MOST_POINTS) or 1
+    return rows[::-1][::stride][::-1]
+
+
+# Colours that stand in the SVG until the page's own, which follow the reader's colour scheme, replace them.
+_PAGE_COLOURS = {
+    "#010203": "var(--text)",
+    "#010204": "var(--line)",
+    "#010205": "var(--model)",
+    "#010206": "var(--other)",
+}
+_TEXT, _LINE, *_SERIES = _PAGE_COLOURS
+
+
+def _chart(
+    salt: str,
+    series: Sequence[tuple[str, list[dict[str, Any]], str]],
+    y_label: str,
+    inches: tuple[float, float],
+    bottom: float | None = None,
+) -> str:
+    """Lines over steps as an SVG element that scales with the page.
+
+    :param salt: makes the ids of this chart its own among all of the page.
+    :param series: label, rows, and the key of the rows' value.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    style = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 11, "axes.spines.top": False}
+    style |= {"axes.spines.right": False, "axes.edgecolor": _LINE, "axes.labelcolor": _TEXT, "text.color": _TEXT}
+    style |= {"xtick.color": _TEXT, "ytick.color": _TEXT, "grid.color": _LINE, "figure.constrained_layout.use": True}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=inches)
+        axes = figure.subplots()
+        for (label, rows, key), colour in zip(series, _SERIES, strict=False):
+            steps, values = [row["step"] for row in rows], [row[key] for row in rows]
+            marker = "o" if len(rows) < 25 else ""
+            axes.plot(steps, values, color=colour, label=label, marker=marker, markersize=4, linewidth=1.8)
+        axes.set(xlabel="step", ylabel=y_label)
+        axes.set_ylim(bottom=bottom)
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(5 if inches[1] > 3 else 3))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1_000 else f"{value:g}")
+        axes.grid(axis="y", linewidth=0.6)
+        if len(series) > 1:
+            axes.legend(frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # only what is referred to needs an id
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg))
+    for placeholder, colour in _PAGE_COLOURS.items():
+        svg = svg.replace(placeholder, colour)
+    return svg.strip()
+
+
+# ------------------------------------------------------------------------------------------- numbers
+
+
+def size(count: float) -> str:
+    """Bytes as a person says them: `640 B`, `1.5 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1_000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1_000
+    return f"{count:,.1f} TB"
+
+
+def percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "0 %"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"

@@ -6,6 +6,7 @@ file, the default written here. Defaults live in this module alone.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 from collections.abc import Iterator, Sequence
@@ -200,6 +201,8 @@ class TrainingSettings(Section):
     weight_decay: float = Field(default=0.01, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.98, ge=0, lt=1)
+    epsilon: float = Field(default=1e-6, gt=0)
+    """Adam's. Well above the rounding noise of gradients that are zero in theory, which 1e-8 would amplify."""
     gradient_clip: float = Field(default=1.0, ge=0)
     """Largest norm of the global gradient; 0 turns clipping off."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
@@ -406,10 +409,8 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise SettingsError(f"--set {override}: the value is not YAML") from error
     # YAML 1.1 reads `2e-3` as text; no setting wants such a text where a number would do.
     if isinstance(parsed, str) and parsed and parsed[0] in "0123456789.+-":
-        try:
+        with contextlib.suppress(ValueError):
             parsed = float(parsed)
-        except ValueError:
-            pass
     nested: Any = parsed
     for part in reversed(key.strip().split(".")):
         nested = {part: nested}

@@ -228,9 +228,7 @@ def _money(style: Literal["standard", "name"]) -> Callable[[Locale, Any, Any], s
         if numbers.get_currency_precision(currency) == 0:
             value = int(value)
         cents = style == "standard" or isinstance(value, Decimal)  # "CHF 5.00", but "5 Swiss francs"
-        text: str = numbers.format_currency(
-            value, currency, locale=locale, format_type=style, currency_digits=cents
-        )
+        text: str = numbers.format_currency(value, currency, locale=locale, format_type=style, currency_digits=cents)
         return text
 
     return write
@@ -245,9 +243,7 @@ def _unit_length(locale: Locale, unit: str, length: str) -> Literal["long", "sho
 
 
 def _unit(length: Literal["long", "short"]) -> Callable[[Locale, Any, Any], str]:
-    return lambda locale, unit, value: units.format_unit(
-        value, unit, _unit_length(locale, unit, length), locale=locale
-    )
+    return lambda locale, unit, value: units.format_unit(value, unit, _unit_length(locale, unit, length), locale=locale)
 
 
 def _unit_name(locale: Locale, unit: str, _: None) -> str | None:
@@ -398,24 +394,18 @@ def _vocabulary(to: str) -> _Vocabulary:
 
 
 def _locale(to: str) -> Locale:
-    names = {
-        name.lower(): code for code, name in ENGLISH.languages.items() if code in LOCALES and code != "en"
-    }
+    names = {name.lower(): code for code, name in ENGLISH.languages.items() if code in LOCALES and code != "en"}
     codes = {code.lower(): code for code in LOCALES if not code.startswith("en")}
     nearest = difflib.get_close_matches(to.lower().replace("-", "_"), [*codes, *names], n=1)
     hint = (
-        f"; did you mean {(codes | names)[nearest[0]]!r}?"
-        if nearest
-        else '; examples are "de", "pt_BR" and "zh_Hant"'
+        f"; did you mean {(codes | names)[nearest[0]]!r}?" if nearest else '; examples are "de", "pt_BR" and "zh_Hant"'
     )
     try:
         locale = Locale.parse(to.replace("-", "_"))
     except (UnknownLocaleError, ValueError, TypeError) as error:
         raise ValueError(f"no CLDR data for the language {to!r}{hint}") from error
     if locale.language == "en":
-        raise ValueError(
-            f"the source is English already, so {to!r} makes no pairs; name another language, as 'de'"
-        )
+        raise ValueError(f"the source is English already, so {to!r} makes no pairs; name another language, as 'de'")
     named = sum(code in locale.territories for code in TERRITORIES)
     if named < MIN_TERRITORIES:
         raise ValueError(

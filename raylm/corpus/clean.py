@@ -39,8 +39,7 @@ _ODD_REMOVED = re.compile(f"[{_REMOVED}]")
 # ZWNJ and ZWJ shape the scripts from Hebrew to Mongolian and build emoji; after anything else they are
 # invisible noise. Tag characters spell the flags of Scotland or Wales; elsewhere they hide text.
 _JOINED = (
-    "\u0590-\u18af\ua800-\uabff\ufb1d-\ufdcf\ufe0f\ufe70-\ufefe\u2190-\u2bff"
-    "\U00010a00-\U00011fff\U0001f000-\U0001faff"
+    "\u0590-\u18af\ua800-\uabff\ufb1d-\ufdcf\ufe0f\ufe70-\ufefe\u2190-\u2bff\U00010a00-\U00011fff\U0001f000-\U0001faff"
 )
 _STRAY_JOINERS = re.compile(f"(?<![{_JOINED}])[\u200c\u200d]+")
 _REPEATED_JOINERS = re.compile("([\u200c\u200d])[\u200c\u200d]+")
@@ -103,9 +102,7 @@ _ROLE = re.compile(r":[A-Za-z][\w.+-]{0,40}(?::[\w.+-]{1,40}){0,2}:`([^`]{1,300}
 _REFERENCE = re.compile(r"(?<![`\w:])`([^`]{1,300})`__?(?!\w)")
 _LITERAL = re.compile(r"(?<!`)``(?!`)([^`]{1,300})(?<!`)``(?!`)")
 _EXPLICIT_TITLE = re.compile(r"(.+?)\s*<[^<>]+>\s*", re.DOTALL)  # `title <target>`
-_DIRECTIVE = re.compile(
-    r"^[ \t]*\.\. ([A-Za-z][\w:.+-]*?)::(?:[ \t]+(.*))?$(?:\n[ \t]+:[\w -]+:.*)*\n?", re.MULTILINE
-)
+_DIRECTIVE = re.compile(r"^[ \t]*\.\. ([A-Za-z][\w:.+-]*?)::(?:[ \t]+(.*))?$(?:\n[ \t]+:[\w -]+:.*)*\n?", re.MULTILINE)
 _SPEAKING = re.compile(
     "admonition|attention|caution|danger|deprecated|error|hint|important|note|rubric|seealso|tip|topic"
     "|versionadded|versionchanged|warning"

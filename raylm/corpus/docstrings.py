@@ -26,9 +26,7 @@ def python_files(package: str) -> list[tuple[str, Path]]:
         root = Path(sysconfig.get_path("stdlib"))
         files = [(path.relative_to(root), path) for path in root.rglob("*.py")]
         return sorted(
-            (f"stdlib/{name.as_posix()}", path)
-            for name, path in files
-            if not _OUTSIDE_STDLIB & set(name.parts)
+            (f"stdlib/{name.as_posix()}", path) for name, path in files if not _OUTSIDE_STDLIB & set(name.parts)
         )
     try:
         # A dotted name would import its parent; a top-level name imports nothing.

@@ -12,7 +12,6 @@ from collections import Counter
 
 from raylm.settings import FilterSettings, PairFilterSettings
 
-
 # Scripts written without spaces: Thai, Lao, Myanmar, Khmer; kana, ideographs and their punctuation.
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u31ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef"
@@ -56,9 +55,7 @@ def reject_document(text: str, rules: FilterSettings) -> str | None:
     return None
 
 
-def reject_pair(
-    source: str, target: str, rules: PairFilterSettings, compare_lengths: bool = True
-) -> str | None:
+def reject_pair(source: str, target: str, rules: PairFilterSettings, compare_lengths: bool = True) -> str | None:
     """None for a pair worth keeping, otherwise the first reason against it.
 
     ``compare_lengths`` is for translations; a summary is meant to be shorter than its document.

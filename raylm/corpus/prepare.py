@@ -153,7 +153,7 @@ def cleaned_records(
 
     A document out of which a held-out pair was made is held out as well.
     """
-    held_out: str | None = None
+    held_out: Split | None = None
     for record in records:
         counts["read"] += 1
         if isinstance(record, Rejected):
@@ -223,7 +223,8 @@ def _learn_tokenizer(plan: Plan, cleaned: list[CleanedUnit], start_from: str | N
             load_tokenizer(start_from).save_pretrained(local)
         else:
             settings = plan.corpus.tokenizer
-            languages = {*settings.languages, *(s.to for s in plan.corpus.pairs if getattr(s, "to", None))}
+            wanted = {getattr(source, "to", None) for source in plan.corpus.pairs}
+            languages = {*settings.languages, *(language for language in wanted if language)}
             with Progress("prepare: tokens", 0, "texts") as progress:
                 texts = _sample(plan, cleaned, settings.sample_mb * 1e6, progress)
                 tokenizer = train_tokenizer(texts, settings.vocab_size, sorted(languages))

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raylm import errors
-from raylm.errors import OutputError, RaylmError
+from raylm.errors import RaylmError
 from raylm.inference.chunks import (
     Chunk,
     Job,
@@ -29,19 +29,18 @@ from raylm.inference.chunks import (
     plan_job,
     read_part,
     result_schema,
-    work_directory,
 )
 from raylm.inference.engines import Engine
 from raylm.inference.estimate import estimate
 from raylm.inference.io import InputFile, format_of, list_inputs, read_texts
 from raylm.inference.model import ModelInfo
 from raylm.inference.output import write_output
+from raylm.inference.quarantine import Tries
 from raylm.progress import Progress
 from raylm.settings import DecodeSettings, Settings
 from raylm.storage import MANIFEST, Manifest, Stopwatch, StoragePath
 from raylm.tasks import Task
 
-_TRIES = 3
 _SAMPLES = 3
 _MOST_BLOCKS = 2_000
 
@@ -166,9 +165,11 @@ class ChunkWorker:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         counts: dict[str, Any] = {"rows": 0, "errors": 0, "output_tokens": 0, "failure": "", "reason": ""}
         try:
+            chunk = self._job.chunks[int(batch["chunk"][0])]
+            tries = Tries.note_one(self._job.tries(chunk))
             if self._engine is None:
                 self._engine = Engine(ModelInfo.load(self._model), self._decode, self._device, threads=1)
-            counts |= answer_chunk(self._job, self._job.chunks[int(batch["chunk"][0])], self._engine.decode)
+            counts |= answer_chunk(self._job, chunk, self._engine.decode, tries)
         except RaylmError as error:
             counts |= {"failure": type(error).__name__, "reason": str(error)}
         return {name: [value] for name, value in counts.items()}
@@ -210,16 +211,14 @@ def _answer_on_actors(
             fn_constructor_args=(job, model, decode, device),
             num_cpus=1,
             num_gpus=1 if device == "cuda" else None,
-            max_restarts=-1,
-            max_task_retries=_TRIES,
         )
         try:
             yield from answered.iter_rows()
         except ray.exceptions.RayError as error:
             cause = " ".join(str(error.__cause__ or error).split())
             raise RaylmError(
-                f"batch-{job.task_name}: workers failed {_TRIES + 1} times over the same rows: {cause[-400:]};"
-                " what is done is kept, the same command goes on from there"
+                f"batch-{job.task_name}: a worker failed: {cause[-400:]}; what is done is kept, the same command"
+                " goes on from there"
             ) from error
 
 
@@ -232,14 +231,16 @@ def _quiet_ray_data() -> Iterator[None]:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.enable_auto_log_stats = False
-    logger = logging.getLogger("ray.data")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    loggers = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    for name, level in loggers.items():
+        logging.getLogger(name).setLevel(level)
     try:
         with DataContext.current(context):
             yield
     finally:
-        logger.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 # ------------------------------------------------------------------------------- through the service
@@ -277,7 +278,9 @@ def _assemble(job: Job, files: list[InputFile], places: list[StoragePath], work:
     for number, (table, place) in enumerate(zip(job.tables, places, strict=True)):
         chunks = [chunk for chunk in job.chunks if chunk.file == number]
         rows = sum(chunk.rows for chunk in chunks)
-        write_output(table, rows, _answers(job, chunks, counts, reasons, tokens), place, format_of(place.name))
+        write_output(
+            table, rows, _answers(job, chunks, counts, reasons, tokens), place, format_of(place.name)
+        )
         outputs.append({"path": str(place), "rows": rows, "bytes": place.info().size})
     kept = {output["path"] for output in outputs}
     for output in old.outputs if old else []:
@@ -287,7 +290,12 @@ def _assemble(job: Job, files: list[InputFile], places: list[StoragePath], work:
         stage=f"batch-{job.task_name}",
         inputs={
             "files": [
-                {"path": str(file.place), "rows": table.rows, "bytes": file.bytes, "fingerprint": file.identity}
+                {
+                    "path": str(file.place),
+                    "rows": table.rows,
+                    "bytes": file.bytes,
+                    "fingerprint": file.identity,
+                }
                 for file, table in zip(files, job.tables, strict=True)
             ]
         },

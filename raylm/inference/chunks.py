@@ -28,6 +28,7 @@ from raylm.inference.io import (
     read_texts,
     suffix_of,
 )
+from raylm.inference.quarantine import Tries, answer_one_by_one
 from raylm.settings import DecodeSettings
 from raylm.storage import Manifest, StoragePath
 from raylm.tasks import TASKS, Task
@@ -80,9 +81,17 @@ class Job:
     def part(self, chunk: Chunk) -> StoragePath:
         return StoragePath(self.parts_uri) / chunk.name
 
+    def tries(self, chunk: Chunk) -> StoragePath:
+        """Where workers note that they begin a chunk."""
+        return StoragePath(self.parts_uri) / f"{chunk.name}.tries"
+
     def unfinished(self) -> list[Chunk]:
-        """The chunks whose parts are not there, in order."""
-        there = {place.name for place, _ in StoragePath(self.parts_uri).list()}
+        """The chunks whose parts are not there, in order. What an earlier run noted of its tries is forgotten."""
+        there = set()
+        for place, _ in StoragePath(self.parts_uri).list():
+            there.add(place.name)
+            if place.name.endswith(".tries"):
+                place.delete()
         return [chunk for chunk in self.chunks if chunk.name not in there]
 
 
@@ -155,17 +164,22 @@ def result_schema(task: Task) -> pa.Schema:
     return pa.schema([(task.column, pa.string()), ("error", pa.string()), ("truncated", pa.bool_())])
 
 
-def answer_chunk(job: Job, chunk: Chunk, decode: Decode) -> dict[str, int]:
+def answer_chunk(job: Job, chunk: Chunk, decode: Decode, tries: Tries | None = None) -> dict[str, int]:
     """Answer a chunk's rows and publish its part; gives back its counts.
 
-    :raises InputError: the input became unreadable. :raises OutputError: the part cannot be written.
+    :param tries: how often workers have begun this chunk, where they may die over it.
+    :raises InputError: the input became unreadable.
+    :raises OutputError: the part cannot be written.
     """
     texts = read_texts(job.tables[chunk.file], job.columns[chunk.file], chunk.start, chunk.stop)
+    if tries and tries.is_careful:
+        place = job.tries(chunk)
+        answers = answer_one_by_one(decode, job.task, texts.values, job.prompt_token, tries, place)
+    else:
+        answers = answer_texts(decode, job.task, texts.values, job.prompt_token)
     outputs = [
-        Output(None, problem) if problem else output
-        for output, problem in zip(
-            answer_texts(decode, job.task, texts.values, job.prompt_token), texts.problems, strict=True
-        )
+        Output(None, problem) if problem else answer
+        for answer, problem in zip(answers, texts.problems, strict=True)
     ]
     results = result_schema(job.task)
     columns = {
@@ -253,7 +267,9 @@ def claim_output(target: StoragePath, key: str, overwrite: bool) -> StoragePath:
     is_mine = note.is_file() and note.read_json().get("key") == key
     if not (is_mine or overwrite) and (target.is_file() or target.list()):
         made = " by another model, input or setting" if Manifest.read(work) else ""
-        raise OutputError(f"{target}: exists already, made{made or ' elsewhere'}; use --overwrite or --output")
+        raise OutputError(
+            f"{target}: exists already, made{made or ' elsewhere'}; use --overwrite or --output"
+        )
     work.mkdir()
     note.write_json({"key": key})
     for old, _ in (work / "parts").list():

@@ -1,4 +1,4 @@
-"""JSON Lines and CSV files as Arrow files of equal batches, so that any range of their rows is read at once."""
+"""JSON Lines and CSV files as Arrow files of equal batches, so that any range of rows is read at once."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _LINE = pa.schema([("line", pa.large_string())])
 def prepare(place: StoragePath, kind: str, target: StoragePath) -> tuple[int, pa.Schema]:
     """Rows and columns of a JSON Lines or CSV file, which is copied to `target` unless an earlier run did so.
 
-    JSON Lines keep their lines as they are, in one column `line`; the columns given back are their keys, with the
-    types that fit all rows. CSV columns stay text, as written. A column's metadata `raylm` marks what is no plain
-    text: `number` (CSV cells that read as numbers or dates), `mixed` and `json` (keys whose values have no common
-    type, with and without text among them).
+    JSON Lines keep their lines as they are, in one column `line`; the columns given back are their keys, with
+    the types that fit all rows. CSV columns stay text, as written. A column's metadata `raylm` marks what is no
+    plain text: `number` (CSV cells that read as numbers or dates), `mixed` and `json` (keys whose values have no
+    common type, with and without text among them).
 
     :raises InputError: a line or row is malformed; its number is named.
     """
@@ -223,7 +223,7 @@ def _header(place: StoragePath) -> list[str]:
 
 
 def _mark_numbers(batch: pa.RecordBatch) -> pa.Schema:
-    """The columns, marked `number` where every cell of the first rows reads as a number, a truth or a date."""
+    """The columns, marked `number` where all cells of the first rows read as numbers, truths or dates."""
     fields = []
     for field, cells in zip(batch.schema, batch.columns, strict=True):
         filled = pa.array([cell for cell in cells.to_pylist() if cell.strip()], pa.string())

@@ -1,4 +1,4 @@
-"""Text in, text out: a model directory run by CTranslate2, and texts answered row by row with their errors."""
+"""Text in, text out: a model run by CTranslate2, and texts answered one by one with their errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Decode = Callable[[Sequence[str], str | None], list[Output]]
 def answer_texts(
     decode: Decode, task: Task, texts: Sequence[str | None], prompt_token: str | None
 ) -> list[Output]:
-    """One output for each text, in order. Translations go sentence by sentence; null and empty texts are errors.
+    """One output for each text, in order. Translation goes by sentences; null and empty texts are errors.
 
     A text's answer is truncated when any of its sentences is; its error is the first of theirs.
     """
@@ -99,7 +99,7 @@ class Engine:
         if compute_type not in supported:
             known = ", ".join(t for t in ("float32", "float16", "bfloat16", "int8") if t in supported)
             raise ArtifactError(
-                f"decode.compute_type: this {device} cannot compute in '{compute_type}'; it can in {known}, auto"
+                f"decode.compute_type: this {device} cannot compute in '{compute_type}', but in {known}, auto"
             )
         self._tokenizer = _Tokenizer(model)
         self._translator = ctranslate2.Translator(
@@ -115,8 +115,8 @@ class Engine:
     def decode(self, texts: Sequence[str], prompt_token: str | None) -> list[Output]:
         """The output of each text, in the order of the texts; identical texts are decoded once.
 
-        Batches hold texts of like length, up to `batch_tokens` padded source tokens. A batch that fails is halved
-        until only the failing text has an error. Safe to call from several threads: their batches interleave.
+        Batches hold texts of like length, up to `batch_tokens` padded source tokens. A batch that fails is
+        halved until only the failing text has an error. Several threads may call: their batches interleave.
 
         :raises ArtifactError: the model's vocabulary lacks the prompt token.
         """
@@ -275,8 +275,8 @@ def _end_token(directory: Path, tokens: dict[int, str]) -> str:
 def converted_model(model: ModelInfo, quantization: str) -> Path:
     """The CTranslate2 form of a model, made once for each state of the model and kept beside it.
 
-    Where the model's directory is read-only it is kept in this machine's cache. Any number of processes may ask at
-    once: one converts and renames, the others wait for it.
+    Where the model's directory is read-only it is kept in this machine's cache. Any number of processes may ask
+    at once: one converts and renames, the others wait for it.
 
     :raises ArtifactError: CTranslate2 cannot convert it.
     """
@@ -327,11 +327,11 @@ def _convert(model: ModelInfo, quantization: str, target: Path) -> None:
 
 
 def _check_marian(model: ModelInfo, config: Any) -> None:
-    """CTranslate2's loader cuts the last id off, starts from a zero embedding, and ignores other start tokens."""
+    """CTranslate2's loader cuts the last id off and starts from a zero embedding, whatever the start token."""
     if config.pad_token_id != config.vocab_size - 1 or config.decoder_start_token_id != config.pad_token_id:
         raise ArtifactError(
-            f"model {model.uri}: a Marian model needs <pad> as its last id ({config.vocab_size - 1}) and as its"
-            f" decoder start; found pad {config.pad_token_id}, start {config.decoder_start_token_id}"
+            f"model {model.uri}: a Marian model needs <pad> as its last id ({config.vocab_size - 1}) and decoder"
+            f" start; found pad {config.pad_token_id}, start {config.decoder_start_token_id}"
         )
 
 

@@ -46,7 +46,12 @@ def estimate(
     workers = _workers(settings, len(job.chunks))
     return Manifest(
         stage=f"batch-{task.name}",
-        settings={"dry_run": True, "model": model.uri, "decode": settings.decode.model_dump(), "workers": workers},
+        settings={
+            "dry_run": True,
+            "model": model.uri,
+            "decode": settings.decode.model_dump(),
+            "workers": workers,
+        },
         inputs={
             "files": [
                 {"path": str(file.place), "rows": table.rows, "bytes": file.bytes}
@@ -77,8 +82,12 @@ def estimate(
 def _sample(job: Job) -> list[Chunk]:
     """A few rows at places spread evenly over the chunks."""
     step = max(len(job.chunks) / _PLACES, 1.0)
-    picked = [job.chunks[int(place * step)] for place in range(_PLACES) if int(place * step) < len(job.chunks)]
-    return [Chunk(chunk.file, chunk.start, min(chunk.start + _ROWS_AT_A_PLACE, chunk.stop)) for chunk in picked]
+    picked = [
+        job.chunks[int(place * step)] for place in range(_PLACES) if int(place * step) < len(job.chunks)
+    ]
+    return [
+        Chunk(chunk.file, chunk.start, min(chunk.start + _ROWS_AT_A_PLACE, chunk.stop)) for chunk in picked
+    ]
 
 
 def _texts(job: Job, chunk: Chunk) -> list[str | None]:

@@ -1,4 +1,4 @@
-"""Input tables of a batch job: Parquet, JSON Lines and CSV files, listed, checked, and read by ranges of rows."""
+"""Input tables of a batch job: Parquet, JSON Lines and CSV files, listed, checked, read by ranges of rows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -77,7 +78,7 @@ def format_of(name: str) -> Format:
 
 def suffix_of(name: str) -> str:
     """The last suffix of a file's name, in lower case."""
-    return os.path.splitext(name.rsplit("/", 1)[-1])[1].lower()
+    return PurePosixPath(name).suffix.lower()
 
 
 def is_glob(pattern: str) -> bool:
@@ -102,7 +103,7 @@ def list_inputs(pattern: str) -> list[InputFile]:
     elif place.is_dir():
         root = place.path
     else:
-        root = os.path.commonpath([os.path.dirname(info.path) for _, info in found])
+        root = os.path.commonpath([info.path.rpartition("/")[0] for _, info in found])
     files = []
     for child, info in found:
         if info.size == 0:
@@ -179,7 +180,7 @@ def _is_marked(field: pa.Field, *kinds: bytes) -> bool:
 
 @dataclass(frozen=True)
 class Texts:
-    """The text column of a range of rows, in order; a row has a text, or a problem, or neither where it is null."""
+    """The text column of a range of rows, in order: a text, or a problem, or neither where it is null."""
 
     values: list[str | None]
     problems: list[str | None]

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +75,7 @@ class ModelInfo:
 
     @classmethod
     def load(cls, path: str) -> ModelInfo:
-        """The model of a directory, local or on any storage; a remote one is copied to this machine's cache once.
+        """The model of a directory on any storage; a remote one is copied to this machine's cache once.
 
         :raises ArtifactError: there is none, or none that can translate or summarise.
         """
@@ -165,8 +164,8 @@ def _check_architecture(path: str, config: dict[str, Any]) -> None:
     supported = ", ".join(_MODEL_TYPES)
     if model_type in _LANGUAGE_CODED:
         raise ArtifactError(
-            f"model {path}: '{model_type}' chooses its language by a code in the decoder, which is not supported;"
-            f" supported encoder-decoders: {supported}"
+            f"model {path}: '{model_type}' chooses its language by a code in the decoder, which is not"
+            f" supported; supported encoder-decoders: {supported}"
         )
     if model_type in _MODEL_TYPES:
         return
@@ -221,8 +220,3 @@ def rename_or_discard(made: Path, target: Path) -> None:
     except OSError:
         if not target.is_dir():
             raise
-
-
-def join_names(names: Sequence[str]) -> str:
-    """Names as a sentence lists them."""
-    return ", ".join(f"'{name}'" for name in names)

@@ -58,7 +58,7 @@ def _with(columns: pa.Schema, answers: pa.Schema) -> pa.Schema:
 
 
 class _Cursor:
-    """Takes rows from a stream of batches, as many as are asked for. The first batch may be empty, never absent."""
+    """Takes rows from a stream of batches, as many as are asked for. The first may be empty, never absent."""
 
     def __init__(self, batches: Iterable[pa.RecordBatch]) -> None:
         self._batches: Iterator[pa.RecordBatch] = iter(batches)
@@ -164,7 +164,7 @@ def _csv_cell(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """An Arrow value as JSON can say it: dates in ISO 8601, seconds, decimals as text, bytes in base64, no NaN."""
+    """An Arrow value as JSON says it: dates in ISO 8601, seconds, decimals as text, bytes in base64, no NaN."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

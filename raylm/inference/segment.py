@@ -9,8 +9,8 @@ from dataclasses import dataclass
 # Everything that `str.splitlines` takes for a line end, but for the control characters 1c-1e, which are data.
 _LINE_END = re.compile(r"[\n\r\v\f\x85\u2028\u2029]+")
 _BULLET = re.compile(r"(?:[-*+•‣◦▪>#]+|[-–—])[ \t]+")
-# A stop with its closing signs, then white space (Latin and most scripts), or nothing at all (Chinese, Japanese).
-# ASCII closers stay out of the second kind: `Segments.join` tells by the last sign where a space is wanted.
+# A stop with its closing signs, then white space (Latin and most scripts), or nothing (Chinese, Japanese). ASCII
+# closers stay out of the second kind: `Segments.join` tells by the last sign where a space is wanted.
 _STOP = re.compile(
     r"(?<![.!?…])(?P<stop>[.!?…؟۔।]+)[\"'”’»›)\]}*_]*(?P<gap>[ \t\u00a0\u2000-\u200a\u202f\u3000]+)"
     r"|[。！？｡]+[”’」』）】》〉]*(?P<gap_cjk>[ \t\u3000]*)"
@@ -20,18 +20,85 @@ _LAST_WORD = re.compile(r"[^\s\"'“‘«(\[{/]+$")
 _INNER_STOPS = re.compile(r"(?:[^\W\d_]{1,3}\.)+[^\W\d_]{1,3}")
 _CONTEXT = 40  # signs looked at on either side of a stop: keeps the work linear in the length of a line
 
-# Words whose stop does not end a sentence: titles, references, and what is followed by its own noun.
+# Words whose stop does not end a sentence: titles, and what is followed by its own noun or number.
 _ABBREVIATIONS = frozenset(
-    "mr mrs ms dr prof rev hon st sr jr gen col capt lt sgt gov sen rep pres mt ft vs cf al approx ca resp incl excl"
-    " esp viz ie eg fig figs eq eqs sec secs ch chap no nos nr vol vols pp p ed eds art par ref refs tab tabs dept univ"
-    " est inc ltd co corp bros jan feb mar apr jun jul aug sep sept oct nov dec bzw usw ggf evtl bspw vgl abb kap str"
-    " tel mme mlle núm pág sra dna ing mag".split()
+    [
+        "mr",
+        "mrs",
+        "ms",
+        "dr",
+        "prof",
+        "rev",
+        "hon",
+        "st",
+        "jr",
+        "capt",
+        "lt",
+        "sgt",
+        "mt",
+        "ft",
+        "vs",
+        "cf",
+        "al",
+        "approx",
+        "resp",
+        "incl",
+        "excl",
+        "esp",
+        "viz",
+        "ie",
+        "eg",
+        "fig",
+        "figs",
+        "eq",
+        "eqs",
+        "sec",
+        "secs",
+        "nr",
+        "vol",
+        "vols",
+        "pp",
+        "ed",
+        "eds",
+        "dept",
+        "univ",
+        "inc",
+        "ltd",
+        "corp",
+        "bros",
+        "jan",
+        "feb",
+        "mar",
+        "apr",
+        "jun",
+        "jul",
+        "aug",
+        "sep",
+        "sept",
+        "oct",
+        "nov",
+        "dec",
+        "bzw",
+        "usw",
+        "ggf",
+        "evtl",
+        "bspw",
+        "vgl",
+        "abb",
+        "kap",
+        "mme",
+        "mlle",
+        "núm",
+        "pág",
+        "sra",
+    ]
 )
+_BEFORE_NUMBERS = frozenset(["no", "nos", "p", "ch", "chap", "art", "par", "ref", "tab", "col", "ver"])
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Sentences, and what stood before, between and after them: one separator more than there are sentences."""
+    """Sentences, and what stood before, between and after them: one separator more than sentences."""
 
     sentences: tuple[str, ...]
     separators: tuple[str, ...]
@@ -52,7 +119,7 @@ class Segments:
 def split_text(text: str) -> Segments:
     """The sentences of a text, without the white space around them, and the separators.
 
-    Line ends always part. A piece without any letter or digit (a ruler, a lone bullet) is part of a separator.
+    Line ends always part. A piece without letter or digit (a ruler, a lone bullet) is part of a separator.
     """
     sentences: list[str] = []
     separators: list[str] = []
@@ -106,4 +173,6 @@ def _ends_sentence(text: str, match: re.Match[str], line_start: int, line_stop: 
         return False  # an ordinal or an item's number: `3. Oktober`, `1. Open the file`
     if len(word) == 1 and word.isalpha() and word.isupper():
         return False  # an initial
+    if following[0].isdigit() and word.lower() in _BEFORE_NUMBERS:
+        return False
     return not (_INNER_STOPS.fullmatch(word) or word.lower() in _ABBREVIATIONS)

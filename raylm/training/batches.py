@@ -157,9 +157,7 @@ class BucketedOrder:
     :param batch_tokens: the bound on pairs × longest pair of one batch.
     """
 
-    def __init__(
-        self, lengths: NDArray[np.int64], weights: NDArray[np.float64], batch_tokens: int, seed: int
-    ) -> None:
+    def __init__(self, lengths: NDArray[np.int64], weights: NDArray[np.float64], batch_tokens: int, seed: int) -> None:
         self._lengths, self._weights, self._batch_tokens, self._seed = lengths, weights, batch_tokens, seed
         self._epochs: list[list[Indices]] = []
         self._ends: list[int] = []  # the first step after each epoch

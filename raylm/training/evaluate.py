@@ -53,7 +53,11 @@ def evaluate(settings: Settings) -> Manifest:
     tokens = prepared_corpus(settings)
     directory = run / "evaluation"
     model, checkpoint = load_trained(run)
-    key = {"checkpoint": checkpoint.directory.name, **settings.evaluate.model_dump(), "outputs": checkpoint.manifest.outputs}
+    key = {
+        "checkpoint": checkpoint.directory.name,
+        **settings.evaluate.model_dump(),
+        "outputs": checkpoint.manifest.outputs,
+    }
     earlier = Manifest.read(directory)
     if earlier and earlier.inputs == key:
         return earlier
@@ -72,7 +76,7 @@ def evaluate(settings: Settings) -> Manifest:
                 [ids[: settings.finetune.max_source_tokens] for ids in test.source_ids],
                 settings.finetune.max_target_tokens,
                 settings.evaluate.beam_size,
-                lambda rows, before=done: progress.update(before + rows),  # type: ignore[misc]
+                lambda rows, before=done: progress.update(before + rows),
             )
             done += len(test.sources)
             names = TASKS[test.task].metrics

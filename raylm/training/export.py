@@ -103,10 +103,13 @@ def model_card(settings: Settings, best: Checkpoint, description: dict[str, Any]
         if isinstance(result, dict):
             for metric, value in result.items():
                 if isinstance(value, float):
-                    scores.append(f"| {name} ({result['rows']} rows) | {metric} | {value} | {result['baseline'][metric]} |")
+                    scores.append(
+                        f"| {name} ({result['rows']} rows) | {metric} | {value} | {result['baseline'][metric]} |"
+                    )
     prompts = ", ".join(f"`{TRANSLATE.prompt_token(language)}`" for language in languages)
     if SUMMARIZE.name in description["tasks"]:
         prompts = ", ".join(filter(None, [prompts, f"`{SUMMARIZE.prompt_token()}`"]))
+    example = TRANSLATE.prompt_token(languages[0]) if languages else SUMMARIZE.prompt_token()
     sources = "\n".join(
         f"- {json.dumps(source, ensure_ascii=False)}"
         for source in settings.model_dump(mode="json")["corpus"]["documents"]
@@ -139,7 +142,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 model = AutoModelForSeq2SeqLM.from_pretrained(path)
 tokenizer = AutoTokenizer.from_pretrained(path)
-inputs = tokenizer({(TRANSLATE.prompt_token(languages[0]) if languages else SUMMARIZE.prompt_token())!r} + text + tokenizer.eos_token, return_tensors="pt")
+inputs = tokenizer({example!r} + text + tokenizer.eos_token, return_tensors="pt")
 print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)[0])
 ```
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -119,11 +120,15 @@ def train_worker(job: TrainingJob, report: Reporter) -> None:
         window.add(loss_sum, target_tokens, padded_tokens)
         done = step + 1
         if done % settings.log_every == 0 or done == settings.steps:
-            row = {"step": done, "learning_rate": rate, **window.metrics(), "gradient_norm": _gradient_norm(engine)}
-            if not np.isfinite(row["loss"]):
-                raise TrainingError(f"the loss is {row['loss']} at step {done}; lower learning_rate")
+            measured = window.metrics()
+            if not math.isfinite(measured["loss"]):
+                raise TrainingError(
+                    f"the loss is {measured['loss']} at step {done}; lower {settings.name}.learning_rate"
+                )
             if log:
-                log.add(row)
+                norm = engine.get_global_grad_norm()
+                row = {"step": done, "learning_rate": rate, **measured}
+                log.add(row | ({"gradient_norm": round(float(norm), 5)} if norm is not None else {}))
             window = Window()
         saving = done % settings.checkpoint_every == 0 or done == settings.steps
         if saving or done % settings.validate_every == 0:
@@ -141,9 +146,7 @@ def train_worker(job: TrainingJob, report: Reporter) -> None:
         log.publish()
 
 
-def setup(
-    job: TrainingJob, world_size: int, device: torch.device
-) -> tuple[DeepSpeedEngine, Split, Split, int]:
+def setup(job: TrainingJob, world_size: int, device: torch.device) -> tuple[DeepSpeedEngine, Split, Split, int]:
     """The engine, the training split, the validation split, and the micro-batches of a step."""
     import torch
 
@@ -168,9 +171,7 @@ def setup(
     return engine, training, validation, micro_batches
 
 
-def open_split(
-    job: TrainingJob, split: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast
-) -> Split:
+def open_split(job: TrainingJob, split: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> Split:
     """The global order over one split of the prepared corpus, as the objective reads it."""
     from raylm import models
 
@@ -258,9 +259,7 @@ def train_step(
     return float(total), target_tokens, padded_tokens
 
 
-def token_loss(
-    engine: Any, micro_batch: MicroBatch, label_smoothing: float, device: torch.device
-) -> torch.Tensor:
+def token_loss(engine: Any, micro_batch: MicroBatch, label_smoothing: float, device: torch.device) -> torch.Tensor:
     """Cross entropy in nats, summed over the target tokens of a micro-batch."""
     import torch
 
@@ -300,11 +299,6 @@ def validate(
     engine.train()
     dist.all_reduce(totals)
     return float(totals[0] / totals[1].clamp(min=1))
-
-
-def _gradient_norm(engine: DeepSpeedEngine) -> float | None:
-    norm = engine.get_global_grad_norm()
-    return None if norm is None else round(float(norm), 5)
 
 
 class Window:
@@ -352,7 +346,7 @@ class MetricsLog:
         self._report(row)
         if self._board:
             for name, value in row.items():
-                if name != "step" and value is not None:
+                if name != "step":
                     self._board.add_scalar(name, value, row["step"])
 
     def publish(self) -> None:

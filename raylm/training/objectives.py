@@ -130,16 +130,12 @@ class PackedDocuments:
             targets.append(target)
         return seq2seq_batch(sources, targets, vocabulary)
 
-    def _mask(
-        self, inputs: Tokens, labels: Tokens, generators: list[np.random.Generator]
-    ) -> tuple[Tokens, Tokens]:
+    def _mask(self, inputs: Tokens, labels: Tokens, generators: list[np.random.Generator]) -> tuple[Tokens, Tokens]:
         """Hide tokens as BERT does (Devlin et al. 2019): of those chosen, 80 % become `<mask>`, 10 % a random
         token, 10 % stay as they are."""
         vocabulary = self._vocabulary
         draws = np.stack([generator.random((2, inputs.shape[1])) for generator in generators])  # (B, 2, T)
-        randoms = np.stack(
-            [g.integers(vocabulary.first_plain, vocabulary.pad, inputs.shape[1]) for g in generators]
-        )
+        randoms = np.stack([g.integers(vocabulary.first_plain, vocabulary.pad, inputs.shape[1]) for g in generators])
         chosen = (draws[:, 0] < self._noise_density) & (labels != IGNORE) & (inputs != vocabulary.end)
         inputs = np.where(chosen & (draws[:, 1] < 0.8), vocabulary.mask, inputs)
         inputs = np.where(chosen & (draws[:, 1] >= 0.9), randoms, inputs)
@@ -207,9 +203,7 @@ def corrupt_spans(
     marks = np.asarray(sentinels)[np.clip(span, 0, len(sentinels) - 1)]
     source = np.where(starts, marks, tokens)[~noise | starts]
     positions = np.flatnonzero(noise)
-    target = np.insert(
-        tokens[positions], np.searchsorted(positions, np.flatnonzero(starts)), marks[starts]
-    )
+    target = np.insert(tokens[positions], np.searchsorted(positions, np.flatnonzero(starts)), marks[starts])
     return np.append(source, end), np.append(target, end)
 
 
@@ -229,9 +223,7 @@ def seq2seq_batch(sources: list[Tokens], targets: list[Tokens], vocabulary: Voca
     return MicroBatch(inputs, labels)
 
 
-def document_mask(
-    lengths: list[Tokens], width: int, causal: bool
-) -> tuple[NDArray[np.bool_], Tokens]:
+def document_mask(lengths: list[Tokens], width: int, causal: bool) -> tuple[NDArray[np.bool_], Tokens]:
     """What each position of packed sequences may look at: its own document alone.
 
     :param lengths: the token counts of each row's documents.

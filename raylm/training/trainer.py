@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raylm import models
-from raylm.errors import ArtifactError, RaylmError, SettingsError, TrainingError
+from raylm.errors import ArtifactError, RaylmError, TrainingError
 from raylm.progress import Progress, note
 from raylm.settings import FinetuneSettings, PretrainSettings, Settings, differences
 from raylm.storage import Manifest, Stopwatch, StoragePath
@@ -31,11 +28,11 @@ MODEL = "model"
 RUN_FILE = "run.json"
 """Below a run: what it was started with."""
 
-# What may change between two starts of one run: none of these changes what a step computes.
-_FREE = frozenset(
-    "steps micro_batch_tokens workers log_every validate_every validation_batches checkpoint_every keep_last"
-    " max_failures compile".split()
-)
+_FREE = {
+    "steps", "micro_batch_tokens", "workers", "log_every", "validate_every", "validation_batches", "checkpoint_every",
+    "keep_last", "max_failures", "compile",
+}  # fmt: skip
+"""What may change between two starts of one run: nothing of it changes what a step computes."""
 _MOST_CPU_WORKERS = 4
 
 
@@ -156,7 +153,7 @@ def _run(
         model_settings=settings.model,
         run=run.uri if not run.is_local else str(run),
         tokens=str(tokens),
-        model=_publish_model_files(run, settings, model),
+        model=_publish_model_files(run, settings, training, model),
         start=start,
     )
     stopwatch = Stopwatch()
@@ -185,7 +182,9 @@ def _run(
     return manifest.write(run)
 
 
-def _claim(run: StoragePath, settings: Settings, training: PretrainSettings | FinetuneSettings, tokens: StoragePath) -> None:
+def _claim(
+    run: StoragePath, settings: Settings, training: PretrainSettings | FinetuneSettings, tokens: StoragePath
+) -> None:
     """Note what the run is started with, or hold it against what it was started with before.
 
     :raises TrainingError: the run exists and was something else.
@@ -193,7 +192,7 @@ def _claim(run: StoragePath, settings: Settings, training: PretrainSettings | Fi
     corpus = Manifest.read(tokens)
     fixed = {
         "model": settings.model.model_dump(mode="json", exclude={"name"}),
-        "training": training.model_dump(mode="json", exclude=set(_FREE)),
+        "training": training.model_dump(mode="json", exclude=_FREE),
         "corpus": {entry["name"]: entry["xxh3_128"] for entry in corpus.outputs} if corpus else {},
     }
     file = run / RUN_FILE
@@ -214,15 +213,20 @@ def _claim(run: StoragePath, settings: Settings, training: PretrainSettings | Fi
         )
 
 
-def _publish_model_files(run: StoragePath, settings: Settings, model: str) -> str:
-    """Put the config and the tokenizer below the run; returns where they are."""
+def _publish_model_files(
+    run: StoragePath, settings: Settings, training: PretrainSettings | FinetuneSettings, model: str
+) -> str:
+    """Put the config and the tokenizer below the run; returns where they are.
+
+    :raises SettingsError: the objective does not fit the model.
+    """
     target = run / MODEL
     if not (target / "config.json").is_file():
         with tempfile.TemporaryDirectory(prefix="raylm-config-") as local:
             tokenizer = models.load_tokenizer(model)
             is_model = settings.model.start_from or (StoragePath(model) / "config.json").is_file()
             config = models.load_config(model) if is_model else models.build_config(settings.model, tokenizer)
-            objective_for(settings.pretrain.objective, models.architecture(config))
+            objective_for(training.objective, models.architecture(config))
             tokenizer.save_pretrained(local)
             config.save_pretrained(local)
             for file in sorted(Path(local).iterdir(), key=lambda f: f.name == "config.json"):

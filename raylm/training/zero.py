@@ -22,9 +22,7 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
-def deepspeed_config(
-    settings: TrainingSettings, world_size: int, micro_batches: int, precision: str
-) -> dict[str, Any]:
+def deepspeed_config(settings: TrainingSettings, world_size: int, micro_batches: int, precision: str) -> dict[str, Any]:
     """The DeepSpeed config of a run.
 
     Batch sizes only have to agree with each other: what a micro-batch holds is decided by `raylm.training.batches`,
@@ -55,10 +53,9 @@ def deepspeed_config(
 
 def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices decay; vectors (biases, norms) and fixed positions do not."""
-    decayed, plain = [], []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (decayed if getattr(parameter, "ds_shape", parameter.shape).__len__() > 1 else plain).append(parameter)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trained if parameter.dim() > 1]
+    plain = [parameter for parameter in trained if parameter.dim() <= 1]
     return [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},
@@ -91,7 +88,7 @@ def build_engine(
         parameter_groups(model, settings.weight_decay),
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
-        eps=1e-8,
+        eps=settings.epsilon,
         fused=True,
     )
     engine, *_ = deepspeed.initialize(

@@ -13,12 +13,87 @@ import pytest
 
 from tests.conftest import DATA
 
-WORDS = (
-    "the a file window page table cell color document menu option dialog text line field name value list key user "
-    "open close select insert delete change show hide print save copy move sort filter format number date style "
-    "new old first last empty current default selected existing large small simple other next each every in on of "
-    "for with from to by and or if when you can must will is are has not only also then here there"
-).split()
+WORDS = [
+    "the",
+    "a",
+    "file",
+    "window",
+    "page",
+    "table",
+    "cell",
+    "color",
+    "document",
+    "menu",
+    "option",
+    "dialog",
+    "text",
+    "line",
+    "field",
+    "name",
+    "value",
+    "list",
+    "key",
+    "user",
+    "open",
+    "close",
+    "select",
+    "insert",
+    "delete",
+    "change",
+    "show",
+    "hide",
+    "print",
+    "save",
+    "copy",
+    "move",
+    "sort",
+    "filter",
+    "format",
+    "number",
+    "date",
+    "style",
+    "new",
+    "old",
+    "first",
+    "last",
+    "empty",
+    "current",
+    "default",
+    "selected",
+    "existing",
+    "large",
+    "small",
+    "simple",
+    "other",
+    "next",
+    "each",
+    "every",
+    "in",
+    "on",
+    "of",
+    "for",
+    "with",
+    "from",
+    "to",
+    "by",
+    "and",
+    "or",
+    "if",
+    "when",
+    "you",
+    "can",
+    "must",
+    "will",
+    "is",
+    "are",
+    "has",
+    "not",
+    "only",
+    "also",
+    "then",
+    "here",
+    "there",
+]
 STEPS = 260
 BATCH_TOKENS = 800
 WINDOW = 10
@@ -60,7 +135,13 @@ def build_model_directory(directory: Path, sentences: list[str]) -> None:
     tokenizer = train_tokenizer(sentences, vocab_size=1_000, languages=["de", "fr"])
     directory.mkdir(parents=True)
     save_tokenizer(tokenizer, directory, max_length=64)
-    small = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
+    small = {
+        "d_model": 64,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_ffn_dim": 128,
+        "decoder_ffn_dim": 128,
+    }
     config = build_config(ModelSettings(config=small), load_tokenizer(str(directory)))
     model = build_model(config, seed=1)
     train_to_copy(model, text_encoder(tokenizer), sentences)

@@ -1,0 +1,14 @@
+#!/usr/bin/env python
+"""Write the fine-tuned model in Hugging Face layout.
+
+    ray job submit --working-dir . jobs/export.py
+
+Takes the arguments of `raylm export`, such as `--set pretrain.steps=200`; see `raylm export --help`.
+"""
+
+import sys
+
+from raylm.cli import main
+
+if __name__ == "__main__":
+    main(["export", *sys.argv[1:]])

@@ -1,0 +1,321 @@
+"""The service: a model's engine behind HTTP on Ray Serve, for people online and for batch jobs that share it.
+
+`POST /v1/translate {"text": "…" or ["…"], "to": "de"}`, `POST /v1/summarize {"text": …}`, `GET /healthz`,
+`GET /readyz`. Texts of requests that arrive together are decoded together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict
+from ray import serve
+
+from raylm.errors import ArtifactError, RaylmError
+from raylm.inference.engines import Engine, Output, answer_texts
+from raylm.inference.model import ModelInfo
+from raylm.settings import DecodeSettings, ServeSettings, Settings
+from raylm.tasks import SUMMARIZE, TRANSLATE, Task
+
+APPLICATION = "raylm"
+_RETRY_AFTER_S = "1"
+_REQUEST_TIMEOUT_S = 3_600.0  # of a batch job's chunk, which may wait behind others
+
+
+class TranslateRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    text: str | list[str]
+    to: str | None = None
+    """The target language; may be left out where the model has one."""
+
+
+class SummarizeRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    text: str | list[str]
+
+
+class Answer(BaseModel):
+    text: str | None
+    truncated: bool
+    error: str | None
+
+
+class TranslateResponse(BaseModel):
+    model: str
+    translations: list[Answer]
+
+
+class SummarizeResponse(BaseModel):
+    model: str
+    summaries: list[Answer]
+
+
+api = FastAPI(title="raylm", docs_url="/docs", redoc_url=None)
+
+
+@api.exception_handler(RequestValidationError)  # type: ignore[untyped-decorator]
+async def _explain(_: Request, error: RequestValidationError) -> JSONResponse:
+    """422 with one readable sentence for each fault, in place of pydantic's records."""
+    faults = [f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()]
+    return JSONResponse({"detail": "; ".join(faults)}, status_code=422)
+
+
+def _text_count(requests: Sequence[tuple[Task, list[str], str | None]]) -> int:
+    return sum(max(len(texts), 1) for _, texts, _ in requests)
+
+
+@serve.deployment
+@serve.ingress(api)
+class Service:
+    """One replica: an engine, HTTP routes over it, and two methods for callers with a deployment handle."""
+
+    def __init__(self, settings: ServeSettings, model: str, device: Literal["cpu", "cuda"]) -> None:
+        self._settings = settings
+        self._model = ModelInfo.load(model)
+        self._engine = Engine(self._model, settings.decode, device, threads=1)
+        self._open_requests = 0
+        self._decode_together.set_max_batch_size(settings.max_batch_texts)
+        self._decode_together.set_batch_wait_timeout_s(settings.batch_wait_s)
+
+    # --------------------------------------------------------------------------------------- HTTP
+
+    @api.post("/v1/translate")  # type: ignore[untyped-decorator]
+    async def translate(self, request: TranslateRequest) -> TranslateResponse:
+        answers = await self._answer(TRANSLATE, request.text, request.to)
+        return TranslateResponse(model=self._model.name, translations=answers)
+
+    @api.post("/v1/summarize")  # type: ignore[untyped-decorator]
+    async def summarize(self, request: SummarizeRequest) -> SummarizeResponse:
+        answers = await self._answer(SUMMARIZE, request.text, None)
+        return SummarizeResponse(model=self._model.name, summaries=answers)
+
+    @api.get("/healthz")  # type: ignore[untyped-decorator]
+    async def health(self) -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @api.get("/readyz")  # type: ignore[untyped-decorator]
+    async def ready(self) -> dict[str, Any]:
+        """The engine is loaded: a replica takes no request before."""
+        return {"status": "ready", "model": self._model.name, "fingerprint": self._model.fingerprint}
+
+    async def _answer(self, task: Task, text: str | list[str], to: str | None) -> list[Answer]:
+        texts = [text] if isinstance(text, str) else text
+        most = self._settings.max_request_texts
+        if len(texts) > most:
+            raise HTTPException(
+                413, f"{len(texts)} texts in a request; {most} are allowed, send several requests"
+            )
+        try:
+            prompt_token = self._model.prompt_token(task, to)
+        except ArtifactError as error:
+            raise HTTPException(400, str(error)) from error
+        if self._open_requests >= self._settings.max_queued_requests:
+            raise HTTPException(503, "too many requests are waiting", headers={"Retry-After": _RETRY_AFTER_S})
+        self._open_requests += 1
+        try:
+            outputs: list[Output] = await self._decode_together((task, texts, prompt_token))
+        finally:
+            self._open_requests -= 1
+        return [Answer(text=o.text, truncated=o.truncated, error=o.error) for o in outputs]
+
+    @serve.batch(batch_size_fn=_text_count)  # type: ignore[untyped-decorator]
+    async def _decode_together(
+        self, requests: list[tuple[Task, list[str], str | None]]
+    ) -> list[list[Output]]:
+        return await asyncio.to_thread(self._decode_requests, requests)
+
+    def _decode_requests(self, requests: Sequence[tuple[Task, list[str], str | None]]) -> list[list[Output]]:
+        """The outputs of each request; those that ask the same of the model go into the same engine batches."""
+        outputs: list[list[Output]] = [[] for _ in requests]
+        for task, prompt_token in dict.fromkeys((task, token) for task, _, token in requests):
+            numbers = [n for n, (t, _, token) in enumerate(requests) if (t, token) == (task, prompt_token)]
+            texts = [text for number in numbers for text in requests[number][1]]
+            answers = iter(answer_texts(self._engine.decode, task, texts, prompt_token))
+            for number in numbers:
+                outputs[number] = [next(answers) for _ in requests[number][1]]
+        return outputs
+
+    # ------------------------------------------------------------------------------------- handle
+
+    async def decode(self, texts: Sequence[str], prompt_token: str | None) -> list[Output]:
+        """`Engine.decode` for a batch job. Its engine batches and those of online requests take turns."""
+        return await asyncio.to_thread(self._engine.decode, texts, prompt_token)
+
+    async def describe(self) -> dict[str, Any]:
+        """The model and the decode settings of this service."""
+        model = asdict(self._model) | {"directory": str(self._model.directory)}
+        return {"model": model, "decode": self._settings.decode.model_dump()}
+
+
+def build_app(settings: Settings, model: str) -> serve.Application:
+    """The application that hosts a model, on GPUs where the connected cluster has any.
+
+    :raises ArtifactError: the model is none that can be served.
+    """
+    ModelInfo.load(model)
+    has_gpus = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
+    service: Any = Service
+    deployment = service.options(
+        num_replicas=settings.serve.replicas,
+        # Requests wait inside the replica, where they can be decoded together and be refused with Retry-After.
+        max_ongoing_requests=2 * settings.serve.max_queued_requests + settings.serve.max_batch_texts,
+        max_queued_requests=-1,
+        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if has_gpus else 0},
+    )
+    return deployment.bind(settings.serve, model, "cuda" if has_gpus else "cpu")
+
+
+# ---------------------------------------------------------------------------------- start and stop
+
+
+def start_service(settings: Settings, model: str) -> str:
+    """The URL of the service, up and ready on the connected cluster. The caller waits, and stops it.
+
+    :raises RaylmError: the port is taken, or no replica comes up.
+    :raises ArtifactError: the model is none that can be served.
+    """
+    host, port = settings.serve.host, settings.serve.port
+    application = build_app(settings, model)
+    with _quiet_serve():
+        running = _running_port()
+        if running is None:
+            port = _free_port(host, port)
+            serve.start(http_options=serve.HTTPOptions(host=host, port=port))
+        elif port not in (0, running):
+            raise RaylmError(
+                f"this cluster's Ray Serve listens on port {running} already; set serve.port={running}"
+            )
+        else:
+            port = running
+        try:
+            serve.run(application, name=APPLICATION, route_prefix="/")
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            serve.delete(APPLICATION)
+            raise RaylmError(f"the service did not come up: {reason[-400:]}") from error
+    shown = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
+    return f"http://{shown}:{port}"
+
+
+def stop_service() -> None:
+    """Take the service down, and Ray Serve with it where nothing else runs on it."""
+    with _quiet_serve():
+        serve.delete(APPLICATION)
+        if not serve.status().applications:
+            serve.shutdown()
+
+
+def _running_port() -> int | None:
+    """The HTTP port of the Ray Serve that runs on this cluster; None where none does."""
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    try:
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return None
+    return int(ray.get(controller.get_http_config.remote()).port)
+
+
+def _free_port(host: str, port: int) -> int:
+    """The port itself, or any free one for 0.
+
+    :raises RaylmError: it cannot be listened on.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise RaylmError(
+                f"cannot listen on {host}:{port}: {error.strerror or error}; choose another with serve.port"
+            ) from error
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def _quiet_serve() -> Iterator[None]:
+    """Ray Serve's notices of what it deploys, not shown for what is done inside."""
+    logger = logging.getLogger("ray.serve")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+# ---------------------------------------------------------------------------------------- batch jobs
+
+
+def connect_to_service(
+    model: str | None,
+) -> tuple[ModelInfo, DecodeSettings, Callable[[Sequence[str], str | None], list[Output]]]:
+    """What the running service hosts, how it decodes, and a function that has texts decoded by it.
+
+    :param model: the model that the caller expects there, if any.
+    :raises RaylmError: no service runs, or it hosts another model.
+    """
+    from ray.serve.exceptions import RayServeException
+
+    absent = f"no raylm service runs on this cluster; start it with `raylm serve --model {model or 'DIR'}`"
+    if not ray.is_initialized():
+        raise RaylmError(absent)
+    try:
+        handle = serve.get_app_handle(APPLICATION)
+        described = handle.describe.remote().result(timeout_s=60)
+    except (RayServeException, TimeoutError) as error:
+        raise RaylmError(absent) from error
+    facts = described["model"]
+    served = ModelInfo(
+        **{
+            **facts,
+            "directory": Path(facts["directory"]),
+            "tasks": None if facts["tasks"] is None else tuple(facts["tasks"]),
+            "languages": tuple(facts["languages"]),
+        }
+    )
+    if model is not None:
+        wanted = ModelInfo.load(model)
+        if wanted.fingerprint != served.fingerprint:
+            raise RaylmError(
+                f"the service hosts {served.uri} ({served.fingerprint}), not {model} ({wanted.fingerprint});"
+                " leave --model out, or serve that one"
+            )
+        served = replace(served, uri=model)
+
+    def decode(texts: Sequence[str], prompt_token: str | None) -> list[Output]:
+        outputs: list[Output] = _with_retries(lambda: handle.decode.remote(list(texts), prompt_token))
+        return outputs
+
+    return served, DecodeSettings.model_validate(described["decode"]), decode
+
+
+def _with_retries(send: Callable[[], Any], tries: int = 4) -> Any:
+    """A reply, asked for again while replicas are replaced or full."""
+    from ray.exceptions import RayActorError
+    from ray.serve.exceptions import BackPressureError
+
+    for attempt in range(tries):
+        try:
+            return send().result(timeout_s=_REQUEST_TIMEOUT_S)
+        except (RayActorError, BackPressureError) as error:
+            if attempt == tries - 1:
+                reason = " ".join(str(error).split())
+                raise RaylmError(f"the service stopped answering: {reason[:300]}") from error
+            time.sleep(2.0**attempt)
+    raise AssertionError("unreachable")
