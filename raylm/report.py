@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
@@ -25,8 +25,10 @@ from raylm.errors import ArtifactError
 from raylm.progress import duration
 from raylm.storage import MANIFEST, Manifest, StoragePath
 
-STAGES = ("prepare", "pretrain", "finetune", "evaluate", "export")
-"""In the order of the road; batch jobs come after them."""
+METRICS = "metrics.jsonl"
+PREDICTIONS = "predictions.jsonl"
+STAGES = ("prepare", "pretrain", "finetune", "evaluate", "export", "batch-translate", "batch-summarize")
+"""In the order of the road."""
 
 # What an artifact of a stage is called: the folder below the storage, the settings that hold its name.
 _FOLDERS = {
@@ -45,6 +47,7 @@ _SCORES = {
 }
 _HEADLINES = ("chrf", "bleu", "exact_match", "rougeL")
 _MOST_FACTS = 12
+_MOST_PLACES = 3
 _MOST_SAMPLES = 30
 _SHOWN_SAMPLES = 6
 _MOST_POINTS = 2_000
@@ -77,12 +80,7 @@ def write_report(root: str, html: str | None = None) -> str:
     found = find_artifacts(StoragePath(root))
     page = StoragePath(html) if html else StoragePath(root) / "report.html"
     page.write_bytes(render_page(found).encode())
-    table = _table("artifact", "stage", "result", "time")
-    for artifact in found.artifacts:
-        manifest = artifact.manifest
-        result = _result(manifest, artifact.progress)
-        table.add_row(artifact.name, manifest.stage, result, duration(manifest.wall_time_s))
-    lines: list[RenderableType] = [table]
+    lines = _summary([(a.manifest, a.progress, [a.name]) for a in found.artifacts])
     lines += [Text(f"passed over: {reason}", style="yellow") for reason in found.unreadable]
     return _rendered([*lines, Text(f"page: {page}")])
 
@@ -93,25 +91,20 @@ def quickstart_summary(manifests: list[Manifest], report_path: str) -> str:
     :param report_path: the page, which lies in the storage's root.
     """
     storage = StoragePath(report_path).parent
-    table = _table("stage", "result", f"below {storage}", "time")
-    run = ""
+    run, rows = "", []
     for manifest in manifests:
-        if manifest.stage == "finetune":
-            run = _folder(manifest)
+        run = _folder(manifest) if manifest.stage == "finetune" else run
         place = f"{run}/evaluation" if manifest.stage == "evaluate" else _folder(manifest)
         places = [_below(storage, path) for path in _output_paths(manifest)] or [place]
-        losses = _json_lines(storage / place / "metrics.jsonl")
-        table.add_row(manifest.stage, _result(manifest, losses), "\n".join(places), duration(manifest.wall_time_s))
-    table.add_section()
-    table.add_row("total", "", "", duration(sum(manifest.wall_time_s for manifest in manifests)))
-    lines: list[RenderableType] = [table]
-    for title, stage in (("Translations", "batch-translate"), ("Summaries", "batch-summarize")):
+        rows.append((manifest, _json_lines(storage / place / METRICS), places))
+    lines = _summary(rows)
+    for title, stage in (("translations", "batch-translate"), ("summaries", "batch-summarize")):
         samples = [sample for manifest in manifests if manifest.stage == stage for sample in manifest.samples]
         if samples:
             lines.append(Text(title, style="bold"))
             lines += [_sample_line(sample["source"], sample["output"]) for sample in samples[:3]]
             lines.append(Text())
-    return _rendered([*lines, Text(f"page: {report_path}")])
+    return _rendered([*lines, Text(f"everything is below {storage}"), Text(f"page: {report_path}")])
 
 
 def manifest_facts(manifest: Manifest) -> list[tuple[str, str]]:
@@ -136,11 +129,14 @@ def manifest_facts(manifest: Manifest) -> list[tuple[str, str]]:
             ("model", f"{metrics['parameters']:,} parameters"),
         ]
     if manifest.stage == "evaluate":
-        scores = [(task, _score_line(result)) for task, result in score_sets(manifest)]
-        return [*scores, ("perplexity", f"{metrics['validation_perplexity']:,.2f} on validation rows")]
+        return [
+            *((task, f"{_score_line(r)}: {r['baseline']['method']}") for task, r in score_sets(manifest)),
+            ("rows", f"{sum(r['rows'] for _, r in score_sets(manifest)):,} held out; in brackets: the baseline"),
+            ("perplexity", f"{metrics['validation_perplexity']:,.2f} on validation rows"),
+        ]
     if manifest.stage == "export":
         return [
-            ("files", f"{len(manifest.outputs)}, {size(sum(entry['bytes'] for entry in manifest.outputs))}"),
+            ("size", f"{size(sum(entry['bytes'] for entry in manifest.outputs))} in {len(manifest.outputs)} files"),
             ("validation", f"{metrics['validation_loss']:.4f} nats per token"),
         ]
     if _is_estimate(manifest):
@@ -182,13 +178,13 @@ def score_sets(manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _score_line(result: dict[str, Any]) -> str:
+    """The main scores of a test set, the baseline's in brackets."""
     named = [name for name in _HEADLINES if name in result]
-    parts = [f"{_SCORES[name]} {result[name]:.1f} ({result['baseline'][name]:.1f})" for name in named]
-    return f"{', '.join(parts)} in {_counted(result['rows'], 'row')} (in brackets: {result['baseline']['method']})"
+    return ", ".join(f"{_SCORES[name]} {result[name]:.1f} ({result['baseline'][name]:.1f})" for name in named)
 
 
-def _result(manifest: Manifest, progress: Iterable[dict[str, Any]]) -> str:
-    """The gist of an artifact in a line or two."""
+def _result(manifest: Manifest, progress: list[dict[str, Any]]) -> str:
+    """The gist of an artifact in a line, or in one for each test set."""
     metrics, counts = manifest.metrics, manifest.counts
     if manifest.stage == "prepare":
         return f"{counts['kept']:,} of {counts['read']:,} rows kept, {metrics['tokens']:,} tokens"
@@ -196,19 +192,32 @@ def _result(manifest: Manifest, progress: Iterable[dict[str, Any]]) -> str:
         losses = [row["loss"] for row in progress if "loss" in row]
         start = f"{losses[0]:.2f} → " if losses else ""
         return f"loss {start}{metrics['loss']:.2f}, {metrics['tokens_per_s']:,.0f} tokens/s"
-    if manifest.stage.startswith("batch-") and not _is_estimate(manifest):
-        return f"{counts['rows']:,} rows, {counts['errors']:,} with errors, {metrics['rows_per_s']:,.1f} rows/s"
     if manifest.stage == "evaluate":
         return "\n".join(f"{task}: {_score_line(result)}" for task, result in score_sets(manifest))
+    if manifest.stage.startswith("batch-"):
+        return f"{counts['rows']:,} rows, {counts['errors']:,} with errors, {metrics['rows_per_s']:,.1f} rows/s"
     return ", ".join(f"{label} {value}" for label, value in manifest_facts(manifest)[:2])
 
 
-def _table(*columns: str) -> Table:
+def _summary(rows: list[tuple[Manifest, list[dict[str, Any]], list[str]]]) -> list[RenderableType]:
+    """A table of manifests, each with the metrics of its run and the places of its artifact."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for column in columns:
-        is_time = column == "time"
-        table.add_column(column, no_wrap=is_time, justify="right" if is_time else "left", overflow="fold")
-    return table
+    table.add_column("stage", no_wrap=True)
+    table.add_column("result", overflow="fold")
+    table.add_column("time", no_wrap=True, justify="right")
+    for manifest, progress, places in rows:
+        result = Text(_result(manifest, progress))
+        for place in places[:_MOST_PLACES]:
+            result.append(f"\n{place}", style="dim")
+        if len(places) > _MOST_PLACES:
+            result.append(f"\nand {len(places) - _MOST_PLACES} more", style="dim")
+        table.add_row(manifest.stage, result, duration(manifest.wall_time_s))
+    table.add_section()
+    table.add_row("total", "", duration(sum(manifest.wall_time_s for manifest, _, _ in rows)))
+    methods = [r["baseline"]["method"] for m, _, _ in rows if m.stage == "evaluate" for _, r in score_sets(m)]
+    if methods:
+        return [table, Text(f"in brackets, the baseline's score: {', '.join(dict.fromkeys(methods))}\n")]
+    return [table]
 
 
 def _rendered(parts: Sequence[RenderableType]) -> str:
@@ -283,13 +292,13 @@ class Artifact:
     @cached_property
     def progress(self) -> list[dict[str, Any]]:
         """The rows of a training run's metrics."""
-        return _json_lines(self.place / "metrics.jsonl")
+        return _json_lines(self.place / METRICS)
 
     @cached_property
     def samples(self) -> dict[str, list[dict[str, Any]]]:
         """An evaluation's first predictions of each test set, with their sources and references."""
         by_task: dict[str, list[dict[str, Any]]] = {}
-        for row in _json_lines(self.place / "predictions.jsonl") or self.manifest.samples:
+        for row in _json_lines(self.place / PREDICTIONS) or self.manifest.samples:
             rows = by_task.setdefault(row["task"], [])
             if len(rows) < _MOST_SAMPLES:
                 rows.append(row)
@@ -411,6 +420,7 @@ _PAGE_COLOURS = {
     "#010206": "var(--other)",
 }
 _TEXT, _LINE, *_SERIES = _PAGE_COLOURS
+_NICE = (1, 2, 5, 10)
 
 
 def _chart(
@@ -440,9 +450,10 @@ def _chart(
             axes.plot(steps, values, color=colour, label=label, marker=marker, markersize=4, linewidth=1.8)
         axes.set(xlabel="step", ylabel=y_label)
         axes.set_ylim(bottom=bottom)
-        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(6, integer=True))
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(6, integer=True, steps=_NICE))
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(5 if inches[1] > 3 else 3))
+        axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(6 if inches[1] > 3 else 4, steps=_NICE))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1_000 else f"{value:g}")
         axes.grid(axis="y", linewidth=0.6)
         if len(series) > 1:
@@ -473,7 +484,9 @@ def size(count: float) -> str:
 
 
 def percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "0 %"
+    """A share as a person says it; what is there is never said to be nothing."""
+    share = 100 * part / whole if whole else 0.0
+    return "< 0.1 %" if 0 < share < 0.05 else f"{share:.1f} %"
 
 
 def _counted(count: int, noun: str) -> str:

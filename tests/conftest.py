@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from raylm.settings import Settings
+from raylm.storage import StoragePath
 
 REPOSITORY = Path(__file__).parent.parent
 DATA = Path(os.environ.get("RAYLM_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -43,3 +47,67 @@ def data() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"needs the real text of {DATA}; set RAYLM_DATA to its folder")
     return DATA
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem of one megabyte; the test is skipped where this process may not mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small filesystem")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture(scope="session")
+def small_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Settings under which every stage takes seconds: text of this machine, a model of a few thousand weights."""
+    return Settings.model_validate(
+        {
+            "storage": str(tmp_path_factory.mktemp("storage")),
+            "corpus": {
+                "documents": [{"type": "docstrings", "packages": ["email", "asyncio"]}],
+                "pairs": [
+                    {"type": "cldr", "to": "de", "rows": 3_000},
+                    {"type": "docstrings", "packages": ["email", "asyncio", "numpy"]},
+                ],
+                "tokenizer": {"vocab_size": 1_000, "sample_mb": 1, "languages": []},
+                "sequence_length": 64,
+                "validation": 0.05,
+                "shard_mb": 4,
+            },
+            "model": {
+                "config": {
+                    "d_model": 32,
+                    "encoder_layers": 1,
+                    "decoder_layers": 1,
+                    "encoder_ffn_dim": 64,
+                    "decoder_ffn_dim": 64,
+                }
+            },
+            "pretrain": {"steps": 12, "global_batch_tokens": 1_024, "checkpoint_every": 6, "validation_batches": 2},
+            "finetune": {
+                "steps": 30,
+                "global_batch_tokens": 2_048,
+                "checkpoint_every": 10,
+                "validation_batches": 2,
+                "max_source_tokens": 96,
+                "max_target_tokens": 48,
+                "task_weights": {"summarize": 0.5},
+            },
+            "evaluate": {"rows_per_task": 20},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def corpus(small_settings: Settings, ray_cluster: None) -> StoragePath:
+    """The prepared corpus of `small_settings`."""
+    from raylm.corpus.prepare import prepare
+
+    prepare(small_settings)
+    return StoragePath(small_settings.storage) / "tokens" / "default"

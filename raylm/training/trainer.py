@@ -108,11 +108,13 @@ def load_trained(run: StoragePath) -> tuple[PreTrainedModel, checkpoints.Checkpo
     model = models.build_model(config, seed=0)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     model.tie_weights()
-    tied = set(model.state_dict()) - set(dict(model.named_parameters()))
-    if unexpected or set(missing) - tied:
+    # Tied weights are stored once, and fixed ones (sinusoidal positions) follow from the config.
+    learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    lost = sorted(learned & set(missing))
+    if lost or unexpected:
         raise ArtifactError(
             f"checkpoint {best.directory}: its weights do not fit the run's model: "
-            f"missing {sorted(set(missing) - tied)[:3]}, unexpected {sorted(unexpected)[:3]}"
+            f"missing {lost[:3]}, unexpected {sorted(unexpected)[:3]}"
         )
     model.config.use_cache = True
     return model.to(torch.float32).eval(), best

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,10 +65,20 @@ def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[s
     ]
 
 
-def prepare_backend(device: torch.device) -> None:
-    """Join DeepSpeed's communication to the process group that Ray Train has made."""
+def _deepspeed() -> Any:
+    """The deepspeed package, told which device there is so that it does not guess aloud."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
+    return deepspeed
+
+
+def prepare_backend(device: torch.device) -> None:
+    """Join DeepSpeed's communication to the process group that Ray Train has made."""
+    deepspeed = _deepspeed()
     if device.type == "cpu":
         # Its shared-memory allreduce is compiled at first use, for a minute, behind a lock file that a killed
         # worker leaves behind for ever. Gloo needs neither.
@@ -79,9 +92,9 @@ def build_engine(
     model: PreTrainedModel, settings: TrainingSettings, config: dict[str, Any], device: torch.device
 ) -> DeepSpeedEngine:
     """The model under DeepSpeed, with AdamW (Loshchilov and Hutter 2019)."""
-    import deepspeed
     import torch
 
+    deepspeed = _deepspeed()
     if config["bf16"]["enabled"]:
         model = model.to(torch.bfloat16)
     optimizer = torch.optim.AdamW(
@@ -103,10 +116,14 @@ def whole_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     :param checkpoint: a local directory that `engine.save_checkpoint(…, tag="zero")` wrote.
     """
     import torch
+
+    _deepspeed()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     if list((checkpoint / "zero").glob("*optim_states.pt")):
-        return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="zero"))
+        silence = io.StringIO()  # it prints what it does, line by line
+        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+            return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="zero"))
     # Stage 0 in fp32 shards nothing: the module's own state is whole.
     state = torch.load(checkpoint / "zero" / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
     return {name: tensor.float() for name, tensor in state["module"].items()}

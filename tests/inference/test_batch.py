@@ -1,0 +1,403 @@
+"""A batch job answers every row, in order, once; says what it did; and a second run does nothing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raylm.errors import ArtifactError, InputError, OutputError, RaylmError
+from raylm.inference.batch import run_batch
+from raylm.inference.engines import Engine, Output
+from raylm.inference.model import ModelInfo
+from raylm.inference.quarantine import STOPPED_WORKER, Tries, answer_one_by_one
+from raylm.settings import Settings
+from raylm.storage import Manifest, StoragePath
+from raylm.tasks import SUMMARIZE, TRANSLATE
+
+ONE_WORKER = Settings.model_validate({"batch": {"workers": 1}})
+
+
+def table_of(sentences: list[str], rows: int) -> pa.Table:
+    texts: list[str | None] = list(sentences[:rows])
+    texts[3:7] = [None, "", "  \n", "word " * 200]
+    return pa.table({"id": pa.array(range(rows), pa.int32()), "text": texts, "label": ["l"] * rows})
+
+
+def never() -> None:
+    raise AssertionError("Ray is not needed for this")
+
+
+@pytest.fixture(scope="module")
+def done(
+    tmp_path_factory: pytest.TempPathFactory, model_directory: Path, sentences: list[str], ray_cluster: None
+) -> tuple[Path, Manifest]:
+    """A finished translation of a Parquet file of 300 rows by two workers, and its manifest."""
+    folder = tmp_path_factory.mktemp("batch")
+    pq.write_table(table_of(sentences, 300), folder / "input.parquet", row_group_size=64)
+    settings = Settings.model_validate({"batch": {"workers": 2}})
+    manifest = run_batch(
+        settings, TRANSLATE, str(folder / "input.parquet"), model=str(model_directory), column="text"
+    )
+    return folder, manifest
+
+
+def test_rows_columns_and_order_are_kept(done: tuple[Path, Manifest], model_directory: Path) -> None:
+    folder, manifest = done
+    before, after = pq.read_table(folder / "input.parquet"), pq.read_table(folder / "input.translated.parquet")
+    assert after.column_names == [*before.column_names, "translation", "error", "truncated"]
+    assert after.select(before.column_names).equals(before)
+    rows = after.to_pylist()
+    assert [row["error"] for row in rows[3:6]] == ["null text", "empty text", "empty text"]
+    assert rows[6]["truncated"] and rows[6]["translation"] and rows[6]["error"] is None
+    assert [row["translation"] is None for row in rows] == [n in (3, 4, 5) for n in range(300)]
+    assert manifest.counts["rows"] == 300 and manifest.counts["answered"] == 297
+    assert manifest.counts["error_reasons"] == {"empty text": 2, "null text": 1}
+    assert manifest.counts["truncated"] == sum(row["truncated"] for row in rows)
+
+
+def test_each_row_has_the_answer_to_its_own_text(done: tuple[Path, Manifest], model_directory: Path) -> None:
+    rows = pq.read_table(done[0] / "input.translated.parquet").to_pylist()
+    single = [row for row in rows if row["translation"] and "." not in row["text"][:-1] and len(row["text"]) < 30]
+    engine = Engine(ModelInfo.load(str(model_directory)), Settings().batch.decode)
+    outputs = engine.decode([row["text"] for row in single], ">>de<<")
+    agreed = sum(o.text == row["translation"] for o, row in zip(outputs, single, strict=True))
+    # int8 rounds by batch: a few answers may differ, misplaced ones nearly all would.
+    assert len(single) > 20 and agreed >= 0.8 * len(single)
+
+
+def test_the_manifest_says_what_was_done(done: tuple[Path, Manifest]) -> None:
+    folder, manifest = done
+    work = folder / "input.translated.parquet.raylm"
+    assert [file.name for file in work.iterdir()] == ["manifest.json"], "parts are gone"
+    assert Manifest.read(StoragePath(str(work))) == manifest
+    output = folder / "input.translated.parquet"
+    assert manifest.outputs == [{"path": str(output), "rows": 300, "bytes": output.stat().st_size}]
+    assert manifest.stage == "batch-translate" and manifest.settings["column"] == "text"
+    assert manifest.inputs["files"][0]["rows"] == 300
+    assert manifest.metrics["chunks"] == 8 and manifest.metrics["output_tokens"] > 300
+    assert len(manifest.samples) == 3 and all(sample["output"] for sample in manifest.samples)
+
+
+def test_the_same_job_again_does_nothing(done: tuple[Path, Manifest], model_directory: Path) -> None:
+    folder, manifest = done
+    stamp = (folder / "input.translated.parquet").stat().st_mtime_ns
+    start = time.monotonic()
+    again = run_batch(
+        ONE_WORKER,
+        TRANSLATE,
+        str(folder / "input.parquet"),
+        model=str(model_directory),
+        column="text",
+        to=None,
+        connect=never,
+    )
+    assert again == manifest and time.monotonic() - start < 1
+    assert (folder / "input.translated.parquet").stat().st_mtime_ns == stamp
+
+
+def test_another_job_does_not_replace_the_output(done: tuple[Path, Manifest], model_directory: Path) -> None:
+    folder, _ = done
+    other = Settings.model_validate({"batch": {"decode": {"max_output_tokens": 5}}})
+    with pytest.raises(OutputError, match="exists already, made by another model, input or setting; use --overwrite"):
+        run_batch(
+            other, TRANSLATE, str(folder / "input.parquet"), model=str(model_directory), column="text", connect=never
+        )
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_overwriting_and_limits(tmp_path: Path, model_directory: Path, sentences: list[str]) -> None:
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in sentences[:90]))
+    output = tmp_path / "out.csv"
+    output.write_text("mine")
+    asked: dict[str, Any] = {"model": str(model_directory), "output": str(output), "limit": 40}
+    with pytest.raises(OutputError, match=r"out\.csv: exists already, made elsewhere"):
+        run_batch(ONE_WORKER, SUMMARIZE, str(tmp_path / "in.jsonl"), connect=never, **asked)
+    assert output.read_text() == "mine"
+    manifest = run_batch(ONE_WORKER, SUMMARIZE, str(tmp_path / "in.jsonl"), overwrite=True, **asked)
+    with output.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["text"] for row in rows] == sentences[:40] and all(row["summary"] for row in rows)
+    assert list(rows[0]) == ["text", "n", "summary", "error", "truncated"]
+    assert manifest.counts["rows"] == 40
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_directory_gives_a_directory(tmp_path: Path, model_directory: Path, sentences: list[str]) -> None:
+    source = tmp_path / "in"
+    (source / "deep").mkdir(parents=True)
+    pq.write_table(pa.table({"text": sentences[:50]}), source / "a.parquet")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), source / "b.parquet")
+    rows = [{"text": sentences[50]}, {"text": 5}, {}]
+    (source / "deep" / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (source / "d.csv").write_text("id,text\n1,Find\n2,Find Bar\n")
+    manifest = run_batch(ONE_WORKER, TRANSLATE, str(source), model=str(model_directory))
+    target = tmp_path / "in.translated"
+    assert pq.read_table(target / "a.parquet")["text"].to_pylist() == sentences[:50]
+    assert pq.read_table(target / "b.parquet").num_rows == 0
+    lines = [json.loads(line) for line in (target / "deep" / "c.jsonl").read_text().splitlines()]
+    assert [line["error"] for line in lines] == [None, "not a text but a JSON number", "null text"]
+    assert (target / "d.csv").read_text().splitlines()[1].startswith("1,Find,")
+    assert [Path(output["path"]).name for output in manifest.outputs] == ["a.parquet", "b.parquet", "d.csv", "c.jsonl"]
+    # A glob over the same files, through another output, gives the same answers.
+    run_batch(ONE_WORKER, TRANSLATE, f"{source}/*.parquet", model=str(model_directory), output=str(tmp_path / "g"))
+    assert pq.read_table(tmp_path / "g" / "a.parquet").column_names == ["text", "translation", "error", "truncated"]
+    assert sorted(file.name for file in (tmp_path / "g").iterdir()) == ["a.parquet", "b.parquet"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_wait_for_a_busy_cluster(tmp_path: Path, model_directory: Path, sentences: list[str]) -> None:
+    """Three of four CPUs are taken, more workers are asked for than can start: the one that starts does it all."""
+    import ray
+
+    @ray.remote(num_cpus=3)
+    class Busy:
+        def ready(self) -> bool:
+            return True
+
+    busy = Busy.remote()
+    ray.get(busy.ready.remote())
+    try:
+        pq.write_table(pa.table({"text": sentences[:100]}), tmp_path / "t.parquet")
+        settings = Settings.model_validate({"batch": {"workers": "auto"}})
+        manifest = run_batch(settings, TRANSLATE, str(tmp_path / "t.parquet"), model=str(model_directory))
+        assert manifest.counts["answered"] == 100
+    finally:
+        ray.kill(busy)
+
+
+def test_a_dry_run_foretells_and_writes_nothing(tmp_path: Path, model_directory: Path, sentences: list[str]) -> None:
+    pq.write_table(pa.table({"text": sentences[:400]}), tmp_path / "t.parquet")
+    manifest = run_batch(
+        ONE_WORKER, TRANSLATE, str(tmp_path / "t.parquet"), model=str(model_directory), dry_run=True, connect=never
+    )
+    assert manifest.counts["rows"] == 400 and manifest.metrics["sample_rows"] == 32
+    characters = sum(map(len, sentences[:400]))
+    assert characters / 3 < manifest.counts["characters"] < characters * 3
+    assert manifest.metrics["predicted_s"] > 0 and manifest.counts["output_tokens"] > 0
+    assert [file.name for file in tmp_path.iterdir()] == ["t.parquet"]
+
+
+# --------------------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "reason"),
+    [
+        ({"input": "absent.parquet"}, InputError, "there is no such file"),
+        ({"input": "*.txt"}, InputError, "no file matches"),
+        ({"column": "absent"}, InputError, "there is no column 'absent'"),
+        ({"input": "clash.parquet"}, InputError, "has a column 'translation' already"),
+        ({"input": "corrupt.parquet"}, InputError, "corrupt or cut off"),
+        ({"model": "absent"}, ArtifactError, "there is no such directory"),
+        ({"to": "zz"}, ArtifactError, "cannot translate to 'zz'"),
+        ({"output": "out.xlsx"}, OutputError, "its suffix should be one of"),
+        ({"output": "t.parquet"}, OutputError, "is the input itself"),
+        ({"output": "t.parquet/below/out.parquet"}, OutputError, "cannot make the directory"),
+        ({"output": "/proc/none/out.parquet"}, OutputError, "cannot make the directory /proc/none"),
+        ({"input": ".", "output": "out.parquet"}, OutputError, "give a directory, this names a file"),
+        ({"input": ".", "output": "./below"}, OutputError, "lies in its own input"),
+        ({"input": "*.parquet"}, OutputError, "name a directory for the results with --output"),
+    ],
+)
+def test_faults_are_told_before_ray_is_needed(
+    tmp_path: Path,
+    model_directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: dict[str, str],
+    error: type[RaylmError],
+    reason: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pq.write_table(pa.table({"text": ["a"]}), "t.parquet")
+    pq.write_table(pa.table({"text": ["a"], "translation": [1]}), "clash.parquet")
+    Path("corrupt.parquet").write_bytes(b"PAR1 and no more")
+    before = sorted(tmp_path.iterdir())
+    arguments: dict[str, Any] = {"input": "t.parquet", "model": str(model_directory)} | asked
+    with pytest.raises(error, match=reason) as failure:
+        run_batch(ONE_WORKER, TRANSLATE, arguments.pop("input"), connect=never, **arguments)
+    assert len(str(failure.value).splitlines()) == 1
+    left = [file for file in sorted(tmp_path.iterdir()) if file not in before]
+    assert all(file.name.endswith(".raylm") for file in left)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_fault_of_a_worker_is_told_as_plainly(
+    tmp_path: Path, model_directory: Path, sentences: list[str]
+) -> None:
+    """The device lacks the compute type: that is found out in the actor."""
+    pq.write_table(pa.table({"text": sentences[:40]}), tmp_path / "t.parquet")
+    settings = Settings.model_validate({"batch": {"workers": 1, "decode": {"compute_type": "float16"}}})
+    with pytest.raises(ArtifactError, match="cannot compute in 'float16'"):
+        run_batch(settings, TRANSLATE, str(tmp_path / "t.parquet"), model=str(model_directory))
+    assert not (tmp_path / "t.translated.parquet").exists()
+
+
+# --------------------------------------------------------------------------------------------- deaths
+
+DRIVER = """
+import sys, ray
+from raylm.inference.batch import run_batch
+from raylm.settings import Settings
+from raylm.tasks import TRANSLATE
+source, model, temp = sys.argv[1:]
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=temp,
+         object_store_memory=1 << 27)
+settings = Settings.model_validate({"batch": {"workers": 1, "chunk_rows": 32}})
+run_batch(settings, TRANSLATE, source, model=model)
+"""
+
+
+def test_a_killed_job_goes_on_where_it_stopped(
+    tmp_path: Path, model_directory: Path, sentences: list[str], ray_cluster: None
+) -> None:
+    """The whole process group of a job, Ray and all, is killed after some chunks; the next run does the others."""
+    import tempfile
+
+    source = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"text": [f"{text} {n}" for n, text in enumerate(sentences[:3_000])]}), source)
+    parts = tmp_path / "t.translated.parquet.raylm" / "parts"
+    with tempfile.TemporaryDirectory(prefix="rk-", dir="/tmp", ignore_cleanup_errors=True) as temp:
+        driver = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(source), str(model_directory), temp],
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            deadline = time.monotonic() + 90
+            while len(list(parts.glob("*/part-*.arrow"))) < 3:
+                assert driver.poll() is None and time.monotonic() < deadline, "the job ended before it was killed"
+                time.sleep(0.005)
+        finally:
+            kill_session(driver)
+    published = {file.name: file.read_bytes() for file in parts.glob("*/part-*.arrow")}
+    assert not (tmp_path / "t.translated.parquet").exists()
+
+    settings = Settings.model_validate({"batch": {"workers": 1, "chunk_rows": 32}})
+    resumed = run_batch(settings, TRANSLATE, str(source), model=str(model_directory))
+    assert resumed.metrics["chunks_reused"] == len(published) >= 3
+    undisturbed = run_batch(
+        settings, TRANSLATE, str(source), model=str(model_directory), output=str(tmp_path / "again.parquet")
+    )
+    assert undisturbed.metrics["chunks_reused"] == 0
+    again = (tmp_path / "again.parquet").read_bytes()
+    assert (tmp_path / "t.translated.parquet").read_bytes() == again
+    assert pq.read_table(tmp_path / "again.parquet").num_rows == 3_000
+    assert resumed.counts == undisturbed.counts
+
+
+def kill_session(driver: subprocess.Popen[bytes]) -> None:
+    """Kill every process of the driver's session: it and the Ray that it started."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                session = int((entry / "stat").read_text().rpartition(")")[2].split()[3])
+                if session == driver.pid:
+                    os.kill(int(entry.name), signal.SIGKILL)
+            except (OSError, IndexError):
+                continue
+    driver.wait()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_killed_worker_is_replaced(tmp_path: Path, model_directory: Path, sentences: list[str]) -> None:
+    import threading
+
+    source = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"text": [f"{text} {n}" for n, text in enumerate(sentences[:3_000])]}), source)
+    parts = tmp_path / "t.translated.parquet.raylm" / "parts"
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        deadline = time.monotonic() + 60
+        while not list(parts.glob("*/part-*.arrow")) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and b"ray::MapWorker" in (entry / "cmdline").read_bytes():
+                    parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                    if is_below(parent, os.getpid()):
+                        os.kill(int(entry.name), signal.SIGKILL)
+                        killed.append(int(entry.name))
+            except OSError:
+                continue
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    settings = Settings.model_validate({"batch": {"workers": 1, "chunk_rows": 32}})
+    manifest = run_batch(settings, TRANSLATE, str(source), model=str(model_directory))
+    killer.join()
+    assert killed, "a worker was killed"
+    assert manifest.counts["answered"] == 3_000
+    assert pq.read_table(tmp_path / "t.translated.parquet")["translation"].null_count == 0
+
+
+def is_below(pid: int, ancestor: int) -> bool:
+    """Whether a process descends from another."""
+    while pid > 1:
+        if pid == ancestor:
+            return True
+        pid = int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+    return False
+
+
+DEADLY = """
+import os, sys
+from raylm.inference.engines import Output
+from raylm.inference.quarantine import Tries, answer_one_by_one
+from raylm.storage import StoragePath
+from raylm.tasks import SUMMARIZE
+
+def decode(texts, token):
+    if "poison" in texts:
+        os.kill(os.getpid(), 9)
+    return [Output(text.upper()) for text in texts]
+
+place = StoragePath(sys.argv[1])
+tries = Tries.note_one(place)
+texts = ["a", "poison", "b", None]
+if tries.is_careful:
+    print([(o.text, o.error) for o in answer_one_by_one(decode, SUMMARIZE, texts, None, tries, place)])
+else:
+    decode(texts, None)
+"""
+
+
+def test_a_row_that_kills_its_worker_becomes_an_error(tmp_path: Path) -> None:
+    results = [
+        subprocess.run(
+            [sys.executable, "-c", DEADLY, str(tmp_path / "tries")], capture_output=True, text=True, check=False
+        )
+        for _ in range(5)
+    ]
+    assert [result.returncode for result in results] == [-9, -9, -9, -9, 0], results[-1].stderr
+    expected = [("A", None), (None, STOPPED_WORKER), ("B", None), (None, "null text")]
+    assert results[-1].stdout.strip() == str(expected)
+
+
+def test_workers_that_die_before_any_row_end_the_job(tmp_path: Path) -> None:
+    place = StoragePath(str(tmp_path / "tries"))
+    for _ in range(6):
+        Tries.note_one(place)
+    with pytest.raises(RaylmError, match="6 workers died before they came to a row"):
+        Tries.note_one(place)
+
+
+def test_careful_answers_are_the_same(tmp_path: Path) -> None:
+    def decode(texts: Any, token: str | None) -> list[Output]:
+        return [Output(text.upper()) for text in texts]
+
+    place = StoragePath(str(tmp_path / "tries"))
+    outputs = answer_one_by_one(decode, TRANSLATE, ["a. B", None], None, Tries(), place)
+    assert [(output.text, output.error) for output in outputs] == [("A. B", None), (None, "null text")]

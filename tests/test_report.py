@@ -1,0 +1,369 @@
+"""The report: what it says of manifests, and that the page is one safe, self-contained, deterministic file."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raylm.errors import ArtifactError
+from raylm.report import manifest_table, percent, quickstart_summary, size, write_report
+from raylm.storage import Manifest, StoragePath
+
+HOSTILE = "<script>alert('x')</script> & \"q\""
+
+
+def prepare_manifest() -> Manifest:
+    return Manifest(
+        stage="prepare",
+        settings={"corpus": {"name": "default", "sequence_length": 128, "documents": []}},
+        inputs={"key": "k", "units": 2, "bytes": 2_500_000},
+        outputs=[{"name": "pairs/train/shard-00000.arrow", "rows": 600, "tokens": 9_000, "bytes": 70_000}],
+        counts={
+            "dropped.duplicate": 50,
+            "dropped.few_letters": 0,
+            "dropped.too_short": 150,
+            "kept": 800,
+            "read": 1_000,
+            "rows": {"documents/train": 20, "pairs/train": 600},
+            "tokens": {"documents/train": 2_500, "pairs/train": 7_500},
+        },
+        metrics={"mb_per_s": 1.25, "tokens": 10_000},
+        wall_time_s=2.0,
+    )
+
+
+def training_manifest(stage: str, storage: Path) -> Manifest:
+    return Manifest(
+        stage=stage,
+        settings={"model": {"name": "default"}, stage: {"name": stage, "steps": 40}},
+        inputs={"tokens": str(storage / "tokens" / "default"), "start": None},
+        outputs=[{"name": "checkpoints/step-00000040"}],
+        metrics={
+            "step": 40,
+            "loss": 2.5,
+            "validation_loss": 2.625,
+            "validation_perplexity": 13.8,
+            "best_step": 40,
+            "tokens_per_s": 12_345.6,
+            "workers": 1,
+            "parameters": 2_199_568,
+        },
+        wall_time_s=65.0,
+    )
+
+
+def metrics_lines(scale: float = 1.0) -> str:
+    rows: list[dict[str, Any]] = []
+    for step in (10, 20, 30, 40):
+        rows.append({"step": step, "loss": scale * 80 / step, "tokens_per_s": 12_000.0, "learning_rate": step / 1e4})
+        if step % 20 == 0:
+            rows.append({"step": step, "validation_loss": scale * 90 / step, "validation_perplexity": 9.0})
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def evaluate_manifest() -> Manifest:
+    translate = {"chrf": 42.0, "chrf_signature": "nrefs:1|chrf", "bleu": 12.0, "bleu_signature": "nrefs:1|bleu"}
+    rouge = {"rouge1": 31.0, "rouge2": 11.0, "rougeL": 29.0}
+    return Manifest(
+        stage="evaluate",
+        settings={"evaluate": {"rows_per_task": 500, "beam_size": 1}},
+        metrics={
+            "translate-de": {
+                "rows": 500,
+                **translate,
+                "exact_match": 3.25,
+                "baseline": {"method": "copy of the source", **translate, "chrf": 21.0, "exact_match": 0.5},
+            },
+            "summarize": {
+                "rows": 400,
+                **rouge,
+                "baseline": {"method": "lead sentence", "rouge1": 25.0, "rouge2": 8.0, "rougeL": 22.0},
+            },
+            "validation_perplexity": 13.8,
+        },
+        samples=[{"task": "translate-de", "source": "kept", "target": "in", "prediction": "manifest"}],
+        wall_time_s=20.0,
+    )
+
+
+def batch_manifest(task: str, output: Path) -> Manifest:
+    return Manifest(
+        stage=f"batch-{task}",
+        settings={"key": "k", "task": task, "model": "models/default"},
+        outputs=[{"path": str(output), "rows": 1_000, "bytes": 5_000}],
+        counts={"rows": 1_000, "answered": 998, "errors": 2, "truncated": 3, "error_reasons": {"too long": 2}},
+        metrics={"rows_per_s": 250.5, "output_tokens_per_s": 3_000.0, "chunks": 8, "chunks_reused": 2},
+        samples=[{"source": "A  long\nsource " * 20, "output": f"{task} [bold]\x1b[31m " + "東京" * 80}] * 4,
+        wall_time_s=4.0,
+    )
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Path:
+    """A storage root with every kind of artifact, and with checkpoints that a report leaves out."""
+    root = tmp_path / "storage"
+
+    def put(manifest: Manifest, directory: str) -> Path:
+        place = root / directory
+        manifest.write(StoragePath(str(place)))
+        return place
+
+    put(prepare_manifest(), "tokens/default")
+    for stage, scale in (("pretrain", 1.0), ("finetune", 0.5)):
+        run = put(training_manifest(stage, root), f"runs/{stage}")
+        (run / "metrics.jsonl").write_text(metrics_lines(scale))
+        put(Manifest(stage="checkpoint", metrics={"step": 40}), f"runs/{stage}/checkpoints/step-00000040")
+    evaluation = put(evaluate_manifest(), "runs/finetune/evaluation")
+    rows = [
+        {"task": "translate-de", "source": f"{HOSTILE} {i}", "target": "Ziel", "prediction": "Ziel"} for i in range(9)
+    ]
+    (evaluation / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    exported = Manifest(
+        stage="export",
+        settings={"model": {"name": "default"}},
+        inputs={"run": str(root / "runs" / "finetune")},
+        outputs=[{"name": "model.safetensors", "bytes": 8_800_000}, {"name": "config.json", "bytes": 1_200}],
+        metrics={"validation_loss": 2.625},
+        wall_time_s=1.0,
+    )
+    put(exported, "models/default")
+    put(batch_manifest("translate", root / "batch" / "in.translate.parquet"), "batch/in.translate.parquet.raylm")
+    return root
+
+
+class Page(HTMLParser):
+    """Which elements a page has, and what its addresses are."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "action", "data", "srcset"):
+                self.addresses.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        self.text += f" {data}"
+
+
+def page_of(storage: Path) -> tuple[str, Page]:
+    write_report(str(storage))
+    html = (storage / "report.html").read_text()
+    return html, Page(html)
+
+
+# ------------------------------------------------------------------------------------------- the page
+
+
+def test_page_shows_the_funnel_of_rows(storage: Path) -> None:
+    text = page_of(storage)[1].text
+    assert "read 1,000 100.0 %" in text
+    assert "dropped: too short 150 15.0 % dropped: duplicate 50 5.0 % kept 800 80.0 %" in text
+    assert "few letters" not in text  # nothing was dropped for it
+    assert "pairs/train 600 7,500 75.0 %" in text
+
+
+def test_page_shows_scores_beside_the_baseline(storage: Path) -> None:
+    html, page = page_of(storage)
+    assert "chrF 42.00 21.00 +21.00" in page.text
+    assert "ROUGE-L 29.00 22.00 +7.00" in page.text
+    assert "BLEU: nrefs:1|bleu" in page.text
+    assert 'class="model" style="width: 42.0%"' in html
+
+
+def test_page_has_three_charts_for_each_run_with_units(storage: Path) -> None:
+    html, page = page_of(storage)
+    assert page.tags.count("svg") == 6
+    assert all(html.count(f">{label}</text>") == 2 for label in ("loss (nats per token)", "tokens/s", "learning rate"))
+    assert html.count(">step</text>") == 6
+    assert len(re.findall(r'<figure role="img" aria-label="[^"]+"', html)) == 6
+    assert "#0102" not in html  # every placeholder colour became one of the page's
+
+
+def test_page_loads_nothing_and_runs_nothing(storage: Path) -> None:
+    html, page = page_of(storage)
+    assert all(address.startswith("#") for address in page.addresses), page.addresses
+    assert not {"script", "link", "img", "iframe", "object", "embed"} & set(page.tags)
+    assert "url(http" not in html
+    assert "@import" not in html
+    assert len(page.ids) == len(set(page.ids))
+    targets = {address[1:] for address in page.addresses}
+    assert targets <= set(page.ids)
+
+
+def test_text_of_rows_is_escaped(storage: Path) -> None:
+    html, page = page_of(storage)
+    assert "<script>" not in html
+    assert HOSTILE in page.text
+    assert "&lt;script&gt;alert(" in html
+
+
+def test_samples_come_from_the_predictions_and_else_from_the_manifest(storage: Path) -> None:
+    assert "✓ equal" in page_of(storage)[1].text
+    assert "3 more" in page_of(storage)[1].text
+    (storage / "runs/finetune/evaluation/predictions.jsonl").unlink()
+    assert "kept in manifest" in page_of(storage)[1].text
+
+
+def test_same_artifacts_give_the_same_bytes(storage: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.html", tmp_path / "deep" / "second.html"
+    write_report(str(storage), str(first))
+    said = write_report(str(storage), str(second))
+    assert first.read_bytes() == second.read_bytes()
+    assert said.endswith(f"page: {second}")
+
+
+def test_checkpoints_and_foreign_manifests_are_left_out(storage: Path) -> None:
+    (storage / "other").mkdir()
+    (storage / "other" / "manifest.json").write_text('{"name": "a web app"}')
+    said = write_report(str(storage))
+    assert "checkpoints/" not in said
+    assert f"passed over: {storage}/other/manifest.json" in said
+    assert "step-00000040/" not in (storage / "report.html").read_text()
+
+
+def test_a_run_without_metrics_or_any_single_artifact_makes_a_page(storage: Path, tmp_path: Path) -> None:
+    (storage / "runs/pretrain/metrics.jsonl").unlink()
+    assert page_of(storage)[1].tags.count("svg") == 3
+    for folder in ("tokens/default", "runs/finetune/evaluation", "models", "batch"):
+        assert "<main>" in page_of(storage / folder)[0]
+
+
+def test_unknown_stages_are_listed(tmp_path: Path) -> None:
+    Manifest(stage="nightly", metrics={"batches": 3}, wall_time_s=1).write(StoragePath(str(tmp_path / "n")))
+    assert re.search(r"nightly +batches 3 +1 s\n +n\n", write_report(str(tmp_path)))
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_root_without_artifacts_is_an_error_that_says_what_to_run(tmp_path: Path, missing: bool) -> None:
+    root = tmp_path / "nothing" if missing else tmp_path
+    with pytest.raises(ArtifactError, match=f"{root}.*raylm quickstart"):
+        write_report(str(root))
+    assert not (root / "report.html").exists()
+
+
+def test_page_in_a_browser(storage: Path, tmp_path: Path) -> None:
+    browser = shutil.which("chromium")
+    if not browser:
+        pytest.skip("needs chromium on PATH")
+    page = page_of(storage)[1]
+    options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    options += f" --disable-component-update --disable-sync --dump-dom --user-data-dir={tmp_path / 'profile'}"
+    address = (storage / "report.html").as_uri()
+    done = subprocess.run([browser, *options.split(), address], capture_output=True, text=True, timeout=120)
+    seen = Page(done.stdout)
+    assert seen.tags.count("svg") == 6
+    assert seen.tags.count("path") > 20
+    assert seen.tags.count("tr") == page.tags.count("tr")  # the browser had to repair no table
+    assert seen.text == page.text, "the browser understood the page otherwise than it was written"
+
+
+# --------------------------------------------------------------------------------------- the terminal
+
+
+def test_report_lists_the_stages_in_the_order_of_the_road(storage: Path) -> None:
+    said = write_report(str(storage))
+    assert [line.split()[0] for line in said.splitlines()[3 : 9 * 2] if line[1:2].strip()] == [
+        "prepare",
+        "pretrain",
+        "finetune",
+        "evaluate",
+        "export",
+        "batch-translate",
+    ]
+    assert "loss 8.00 → 2.50, 12,346 tokens/s" in said
+    assert "1 min 05 s" in said
+    assert said.endswith(f"page: {storage}/report.html")
+    assert "\x1b" not in said
+
+
+def test_table_of_a_preparation(tmp_path: Path) -> None:
+    assert manifest_table(prepare_manifest()).splitlines() == [
+        "prepare: 2 s",
+        "  read      1,000 rows, 2.5 MB at 1.25 MB/s",
+        "  kept      800 rows (80.0 %)",
+        "  dropped   200 rows (20.0 %): too short 150, duplicate 50",
+        "  tokens    10,000",
+        "  artifact  tokens/default",
+    ]
+
+
+def test_tables_of_the_other_stages(tmp_path: Path) -> None:
+    trained = manifest_table(training_manifest("finetune", tmp_path))
+    assert "12,346 tokens/s, 1 worker\n" in trained
+    assert trained.endswith(f"artifact    {tmp_path}/runs/finetune")
+    scored = manifest_table(evaluate_manifest())
+    assert "chrF 42.0 (21.0), BLEU 12.0 (12.0), exact match 3.2 (0.5): copy of the source" in scored
+    answered = manifest_table(batch_manifest("translate", tmp_path / "out.parquet"))
+    assert "1,000: 998 answered, 3 truncated" in answered
+    assert "2: too long 2" in answered
+    assert "250.5 rows/s" in answered
+    assert str(tmp_path / "out.parquet") in answered
+
+
+def test_table_of_an_estimate_says_that_it_is_one() -> None:
+    estimate = Manifest(
+        stage="batch-translate",
+        settings={"dry_run": True, "workers": 2},
+        counts={"rows": 5_000, "chunks": 10, "characters": 1, "source_tokens": 70_000, "output_tokens": 80_000},
+        metrics={"sample_rows": 32, "sample_s": 1.5, "engine_load_s": 0.5, "predicted_s": 130.0},
+    )
+    said = manifest_table(estimate)
+    assert said.startswith("batch-translate: estimate\n")
+    assert "2 min 10 s, 2 workers" in said
+
+
+def test_table_of_many_languages_stays_short() -> None:
+    manifest = evaluate_manifest()
+    manifest.metrics |= {f"translate-x{i}": manifest.metrics["translate-de"] for i in range(40)}
+    assert len(manifest_table(manifest).splitlines()) <= 15
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_quickstart_ends_with_samples_that_fit_the_terminal(
+    storage: Path, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.cells import cell_len
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    manifests = [prepare_manifest(), training_manifest("pretrain", storage), training_manifest("finetune", storage)]
+    manifests += [evaluate_manifest()]
+    manifests += [batch_manifest(task, storage / f"batch/{task}.parquet") for task in ("translate", "summarize")]
+    said = quickstart_summary(manifests, str(storage / "report.html"))
+    samples = [line for line in said.splitlines() if " → " in line and "[bold]" in line]
+    assert len(samples) == 6
+    assert all(cell_len(line) <= width and line.count("…") == 2 for line in samples)
+    assert "\x1b" not in said
+    assert said.endswith(f"page: {storage}/report.html")
+    assert "loss 8.00 → 2.50" in said
+    assert " runs/finetune/evaluation\n" in said
+    assert " batch/translate.parquet\n" in said
+    assert re.search(r"total +2 min 40 s", said)
+
+
+def test_numbers_are_said_as_a_person_says_them() -> None:
+    assert [size(n) for n in (0, 999, 1_500, 2_000_000, 5e12)] == ["0 B", "999 B", "1.5 kB", "2.0 MB", "5.0 TB"]
+    assert [percent(*n) for n in ((1, 4), (1, 9_999), (0, 5), (0, 0))] == ["25.0 %", "< 0.1 %", "0.0 %", "0.0 %"]
+
+
+def test_import_is_light() -> None:
+    heavy = "{'ray', 'torch', 'matplotlib', 'jinja2', 'transformers'}"
+    code = f"import raylm.report, sys; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

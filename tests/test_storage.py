@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raylm.errors import ArtifactError, OutputError
+from raylm.storage import Manifest, StoragePath, find_files, fingerprint
+
+
+def test_a_file_is_published_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = StoragePath(str(tmp_path / "deep" / "file.txt"))
+    file.write_bytes(b"old")
+    with pytest.raises(RuntimeError), file.writing() as stream:
+        stream.write(b"new, but")
+        raise RuntimeError("interrupted")
+    assert file.read_bytes() == b"old"
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["file.txt"]
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(small_disk: Path) -> None:
+    file = StoragePath(str(small_disk / "file.bin"))
+    with pytest.raises(OutputError, match=r"cannot write .*file\.bin: No space left on device"):
+        file.write_bytes(b"x" * (2 << 20))
+    assert list(small_disk.iterdir()) == []
+
+
+def test_a_place_below_a_file_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        StoragePath(str(tmp_path / "file" / "below.txt")).write_bytes(b"")
+    with pytest.raises(OutputError, match="cannot make the directory"):
+        StoragePath(str(tmp_path / "file" / "below")).mkdir()
+
+
+def test_a_uri_and_a_path_name_the_same_file(tmp_path: Path) -> None:
+    StoragePath(str(tmp_path / "a.txt")).write_bytes(b"text")
+    place = StoragePath(tmp_path.as_uri()) / "a.txt"
+    assert place.read_bytes() == b"text"
+    assert place.is_local
+    assert place.parent.uri == tmp_path.as_uri()
+
+
+def test_upload_download_and_hash_keep_the_bytes(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(bytes(range(256)) * 1000)
+    there = StoragePath(str(tmp_path / "there" / "file"))
+    there.upload(source)
+    there.download(tmp_path / "back" / "file")
+    assert (tmp_path / "back" / "file").read_bytes() == source.read_bytes()
+    assert there.content_hash() == StoragePath(str(source)).content_hash()
+    there.write_bytes(b"other")
+    assert there.content_hash() != StoragePath(str(source)).content_hash()
+
+
+def test_a_manifest_comes_back_as_it_was(tmp_path: Path) -> None:
+    directory = StoragePath(str(tmp_path))
+    assert Manifest.read(directory) is None
+    written = Manifest(stage="prepare", counts={"read": 3}, samples=[{"text": "日本"}]).write(directory)
+    assert Manifest.read(directory) == written
+    (tmp_path / "manifest.json").write_text('{"unheard": 1}')
+    with pytest.raises(ArtifactError, match="not a manifest"):
+        Manifest.read(directory)
+
+
+def test_find_files_reads_a_file_a_directory_and_globs(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b/c.jsonl", "b/d.txt", "b/.hidden.jsonl", "_temporary/e.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+
+    def found(pattern: str) -> list[str]:
+        return [file.path.removeprefix(f"{tmp_path}/") for file, _ in find_files(pattern, (".jsonl",))]
+
+    assert found(f"{tmp_path}/b/d.txt") == ["b/d.txt"]
+    assert found(str(tmp_path)) == ["a.jsonl", "b/c.jsonl"]
+    assert found(f"{tmp_path}/*.jsonl") == ["a.jsonl"]
+    assert found(f"{tmp_path}/**/c.jsonl") == ["b/c.jsonl"]
+    assert found(f"{tmp_path}/[ab].jsonl") == ["a.jsonl"]
+    assert found(f"{tmp_path}/nothing") == []
+
+
+def test_fingerprints_depend_on_content_alone() -> None:
+    assert fingerprint({"a": 1, "b": "é"}) == fingerprint({"b": "é", "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
