@@ -25,6 +25,7 @@ from raylm.errors import ArtifactError
 from raylm.progress import duration
 from raylm.storage import MANIFEST, Manifest, StoragePath
 
+PAGE = "report.html"
 METRICS = "metrics.jsonl"
 PREDICTIONS = "predictions.jsonl"
 STAGES = ("prepare", "pretrain", "finetune", "evaluate", "export", "batch-translate", "batch-summarize")
@@ -40,12 +41,12 @@ _FOLDERS = {
 _SCORES = {
     "chrf": "chrF",
     "bleu": "BLEU",
-    "exact_match": "exact match",
+    "exact_match": "exact match %",
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
 }
-_HEADLINES = ("chrf", "bleu", "exact_match", "rougeL")
+_MINOR_SCORES = ("ROUGE-1", "ROUGE-2")
 _MOST_FACTS = 12
 _MOST_PLACES = 3
 _MOST_SAMPLES = 30
@@ -78,7 +79,7 @@ def write_report(root: str, html: str | None = None) -> str:
     :raises ArtifactError: there is no artifact.
     """
     found = find_artifacts(StoragePath(root))
-    page = StoragePath(html) if html else StoragePath(root) / "report.html"
+    page = StoragePath(html) if html else StoragePath(root) / PAGE
     page.write_bytes(render_page(found).encode())
     lines = _summary([(a.manifest, a.progress, [a.name]) for a in found.artifacts])
     lines += [Text(f"passed over: {reason}", style="yellow") for reason in found.unreadable]
@@ -129,10 +130,11 @@ def manifest_facts(manifest: Manifest) -> list[tuple[str, str]]:
             ("model", f"{metrics['parameters']:,} parameters"),
         ]
     if manifest.stage == "evaluate":
+        rows = sum(result["rows"] for _, result in score_sets(manifest))
         return [
-            *((task, f"{_score_line(r)}: {r['baseline']['method']}") for task, r in score_sets(manifest)),
-            ("rows", f"{sum(r['rows'] for _, r in score_sets(manifest)):,} held out; in brackets: the baseline"),
+            ("rows", f"{rows:,} held out; in brackets: the baseline"),
             ("perplexity", f"{metrics['validation_perplexity']:,.2f} on validation rows"),
+            *((task, f"{_score_line(r)}: {r['baseline']['method']}") for task, r in score_sets(manifest)),
         ]
     if manifest.stage == "export":
         return [
@@ -177,10 +179,15 @@ def score_sets(manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:
     return [(name, result) for name, result in manifest.metrics.items() if isinstance(result, dict)]
 
 
+def score_rows(result: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """Each score of a test set: its name, the model's, the baseline's."""
+    named = [key for key, value in result.items() if key in result["baseline"] and isinstance(value, int | float)]
+    return [(_SCORES.get(key, key), result[key], result["baseline"][key]) for key in named]
+
+
 def _score_line(result: dict[str, Any]) -> str:
-    """The main scores of a test set, the baseline's in brackets."""
-    named = [name for name in _HEADLINES if name in result]
-    return ", ".join(f"{_SCORES[name]} {result[name]:.1f} ({result['baseline'][name]:.1f})" for name in named)
+    rows = [row for row in score_rows(result) if row[0] not in _MINOR_SCORES]
+    return ", ".join(f"{name} {model:.1f} ({baseline:.1f})" for name, model, baseline in rows)
 
 
 def _result(manifest: Manifest, progress: list[dict[str, Any]]) -> str:
@@ -223,12 +230,7 @@ def _summary(rows: list[tuple[Manifest, list[dict[str, Any]], list[str]]]) -> li
 def _rendered(parts: Sequence[RenderableType]) -> str:
     """Lines as wide as the terminal, coloured where there is one; a path stays in one piece."""
     console = Console(
-        file=io.StringIO(),
-        width=_terminal_width(),
-        force_terminal=sys.stdout.isatty(),
-        highlight=False,
-        markup=False,
-        emoji=False,
+        width=_terminal_width(), force_terminal=sys.stdout.isatty(), highlight=False, markup=False, emoji=False
     )
     with console.capture() as capture:
         for part in parts:
@@ -338,11 +340,11 @@ def find_artifacts(root: StoragePath) -> Found:
         if manifest is None or manifest.stage == "checkpoint":
             continue
         inside = f"{place.path.rstrip('/')}/"
-        stored = sum(info.size or 0 for _, info in listed if info.path.startswith(inside) and info.is_file)
-        is_output = manifest.stage.startswith("batch-")
-        taken = sum(entry["bytes"] for entry in manifest.outputs) if is_output else stored
+        sizes = [info.size or 0 for _, info in listed if info.path.startswith(inside) and info.base_name != PAGE]
+        if manifest.stage.startswith("batch-"):  # what it wrote stands outside of the manifest's directory
+            sizes = [entry["bytes"] for entry in manifest.outputs]
         name = _below(root, str(place)).removesuffix(".raylm") if place.path != root.path else place.name
-        found.append(Artifact(place, name, manifest, taken))
+        found.append(Artifact(place, name, manifest, sum(sizes)))
     if not found:
         raise ArtifactError(
             f"report: no manifest.json below {root}; run `raylm quickstart` or `raylm prepare` first,"
@@ -384,9 +386,10 @@ def render_page(found: Found) -> str:
         facts=manifest_facts,
         drop_reasons=drop_reasons,
         score_sets=score_sets,
+        score_rows=score_rows,
         score_names=_SCORES,
         percent=percent,
-        charts=lambda artifact: [(label, Markup(svg)) for label, svg in run_charts(artifact)],
+        charts=lambda artifact: [(what, Markup(svg)) for what, svg in run_charts(artifact)],
         shown_samples=_SHOWN_SAMPLES,
     )
 
@@ -398,18 +401,19 @@ def run_charts(artifact: Artifact) -> list[tuple[str, str]]:
     if not logged:
         return []
     losses = [("training", logged, "loss"), ("validation", validated, "validation_loss")]
-    name = artifact.name
-    return [
-        ("loss", _chart(f"{name} loss", losses, "loss (nats per token)", (6.4, 4.3))),
-        ("speed", _chart(f"{name} speed", [("", logged, "tokens_per_s")], "tokens/s", (6.4, 2.15), 0)),
-        ("learning rate", _chart(f"{name} rate", [("", logged, "learning_rate")], "learning rate", (6.4, 2.15), 0)),
-    ]
+    charts = [("loss (nats per token)", losses, 4.3), ("tokens/s", [("", logged, "tokens_per_s")], 2.15)]
+    charts.append(("learning rate", [("", logged, "learning_rate")], 2.15))
+    drawn = []
+    for what, series, height in charts:
+        first, last = (row[series[0][2]] for row in (logged[0], logged[-1]))
+        svg = _chart(f"{artifact.name} {what}", series, what, height)
+        drawn.append((f"{what} over steps, from {first:,.4g} to {last:,.4g}", svg))
+    return drawn
 
 
 def _thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Evenly chosen rows, as many as a chart can show, always with the last one."""
-    stride = -(-len(rows) // _MOST_POINTS) or 1
-    return rows[::-1][::stride][::-1]
+    return rows[:: -(len(rows) // _MOST_POINTS + 1)][::-1]
 
 
 # Colours that stand in the SVG until the page's own, which follow the reader's colour scheme, replace them.
@@ -427,8 +431,7 @@ def _chart(
     salt: str,
     series: Sequence[tuple[str, list[dict[str, Any]], str]],
     y_label: str,
-    inches: tuple[float, float],
-    bottom: float | None = None,
+    height_inches: float,
 ) -> str:
     """Lines over steps as an SVG element that scales with the page.
 
@@ -442,22 +445,23 @@ def _chart(
     style |= {"axes.spines.right": False, "axes.edgecolor": _LINE, "axes.labelcolor": _TEXT, "text.color": _TEXT}
     style |= {"xtick.color": _TEXT, "ytick.color": _TEXT, "grid.color": _LINE, "figure.constrained_layout.use": True}
     with mpl.rc_context(style):
-        figure = Figure(figsize=inches)
+        figure = Figure(figsize=(6.4, height_inches))
         axes = figure.subplots()
         for (label, rows, key), colour in zip(series, _SERIES, strict=False):
             steps, values = [row["step"] for row in rows], [row[key] for row in rows]
             marker = "o" if len(rows) < 25 else ""
             axes.plot(steps, values, color=colour, label=label, marker=marker, markersize=4, linewidth=1.8)
         axes.set(xlabel="step", ylabel=y_label)
-        axes.set_ylim(bottom=bottom)
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(6, integer=True, steps=_NICE))
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(6 if inches[1] > 3 else 4, steps=_NICE))
+        axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(round(height_inches + 1.5), steps=_NICE))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1_000 else f"{value:g}")
         axes.grid(axis="y", linewidth=0.6)
         if len(series) > 1:
             axes.legend(frameon=False)
+        else:
+            axes.set_ylim(bottom=0)
         buffer = io.StringIO()
         figure.savefig(
             buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))

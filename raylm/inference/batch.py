@@ -33,7 +33,7 @@ from raylm.inference.chunks import (
 from raylm.inference.engines import Engine
 from raylm.inference.estimate import estimate
 from raylm.inference.io import InputFile, format_of, list_inputs, read_texts
-from raylm.inference.model import ModelInfo
+from raylm.inference.model import ModelInfo, absolute
 from raylm.inference.output import write_output
 from raylm.inference.quarantine import Tries
 from raylm.progress import Progress
@@ -77,6 +77,9 @@ def run_batch(
     :raises OutputError: the output exists, or cannot be written.
     """
     watch = Stopwatch()
+    input = absolute(input)
+    output = absolute(output) if output else None
+    model = absolute(model) if model else None
     files = list_inputs(input)
     target = output_place(input, files, task, output)
     call_service = None
@@ -88,7 +91,7 @@ def run_batch(
             connect()
         info, decode, call_service = connect_to_service(model)
     else:
-        info = ModelInfo.load(model or f"{settings.storage}/models/{settings.model.name}")
+        info = ModelInfo.load(model or absolute(f"{settings.storage}/models/{settings.model.name}"))
     prompt_token = info.prompt_token(task, to, source_language)
     asked = {"task": task.name, "prompt_token": prompt_token, "column": column, "limit": limit}
     key = job_key(files, info.fingerprint, decode, asked)

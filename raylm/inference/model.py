@@ -42,6 +42,13 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "raylm"
 
 
+def absolute(uri: str) -> str:
+    """The same place for processes with another working directory; a slash at the end stays."""
+    if "://" in uri:
+        return uri
+    return str(Path(uri).expanduser().absolute()) + ("/" if uri.endswith("/") else "")
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """A finished model, checked and ready to be loaded by an engine."""

@@ -4,7 +4,7 @@
 `GET /readyz`. Texts of requests that arrive together are decoded together.
 """
 
-from __future__ import annotations
+# No postponed annotations here: FastAPI reads the routes' types again in the replica, where their names are unknown.
 
 import asyncio
 import logging
@@ -25,7 +25,7 @@ from ray import serve
 
 from raylm.errors import ArtifactError, RaylmError
 from raylm.inference.engines import Engine, Output, answer_texts
-from raylm.inference.model import ModelInfo
+from raylm.inference.model import ModelInfo, absolute
 from raylm.settings import DecodeSettings, ServeSettings, Settings
 from raylm.tasks import SUMMARIZE, TRANSLATE, Task
 
@@ -167,6 +167,7 @@ def build_app(settings: Settings, model: str) -> serve.Application:
 
     :raises ArtifactError: the model is none that can be served.
     """
+    model = absolute(model)
     ModelInfo.load(model)
     has_gpus = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
     service: Any = Service

@@ -1,0 +1,5 @@
+"""`python -m raylm`."""
+
+from raylm.cli import main
+
+main()

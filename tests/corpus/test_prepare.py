@@ -1,0 +1,168 @@
+"""The whole preparation on a real Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from raylm.corpus.prepare import WORK, cleaned_records, prepare
+from raylm.corpus.sources import Document, Pair
+from raylm.errors import InputError
+from raylm.models import load_tokenizer
+from raylm.settings import CorpusSettings, Settings
+from raylm.storage import Manifest, StoragePath
+
+
+def read(directory: StoragePath) -> pa.Table:
+    files = [file for file, _ in directory.list()]
+    return pa.concat_tables([pa.ipc.open_file(file.open_input()).read_all() for file in files])
+
+
+def test_the_artifact_is_what_its_manifest_says(corpus: StoragePath, small_settings: Settings) -> None:
+    manifest = Manifest.read(corpus)
+    assert manifest is not None
+    counts = manifest.counts
+    dropped = sum(number for name, number in counts.items() if name.startswith("dropped."))
+    assert counts["read"] == counts["kept"] + dropped
+    assert counts["dropped.duplicate"] > 0
+    for entry in manifest.outputs:
+        assert (corpus / entry["name"]).content_hash() == entry["xxh3_128"]
+    listed = {entry["name"] for entry in manifest.outputs}
+    assert {"documents/train", "documents/validation", "pairs/train", "pairs/validation", "pairs/test"} == {
+        name.rpartition("/")[0] for name in listed
+    }
+    assert not Path(corpus.path, WORK).exists()
+
+
+def test_shards_hold_the_text_and_the_task_tokens(corpus: StoragePath, small_settings: Settings) -> None:
+    tokenizer = load_tokenizer(str(corpus / "tokenizer"))
+    pairs = read(corpus / "pairs" / "train")
+    row = pairs.slice(0, 1).to_pylist()[0]
+    prefix = ">>de<<" if row["task"] == "translate" else ">>summary<<"
+    assert tokenizer.decode(row["source_ids"]) == f"{prefix}{row['source']}</s>"
+    assert tokenizer.decode(row["target_ids"]) == f"{row['target']}</s>"
+    documents = read(corpus / "documents" / "train")
+    assert {len(ids) for ids in documents["input_ids"].to_pylist()} == {small_settings.corpus.sequence_length}
+
+
+def test_no_source_is_in_two_splits(corpus: StoragePath) -> None:
+    splits = {split: read(corpus / "pairs" / split) for split in ("train", "validation", "test")}
+    sources = {split: set(table["source"].to_pylist()) for split, table in splits.items()}
+    assert not sources["train"] & sources["test"]
+    assert not sources["train"] & sources["validation"]
+    assert set(splits["test"]["task"].to_pylist()) == {"translate", "summarize"}
+
+
+def test_the_document_of_a_held_out_pair_is_held_out() -> None:
+    settings = CorpusSettings(validation=0.4)
+    body = "This function reads the header of a message and returns its value as text. " * 3
+    records: list[Document | Pair] = []
+    for number in range(50):
+        records += [
+            Pair("summarize", None, f"{body} Number {number}.", f"Read header {number}.", with_document=True),
+            Document(f"Read header {number}.\n\n{body} Number {number}."),
+        ]
+    rows = list(cleaned_records(records, settings, Counter()))
+    pairs, documents = rows[::2], rows[1::2]
+    assert {pair[3] for pair in pairs} == {"train", "validation", "test"}
+    for pair, document in zip(pairs, documents, strict=True):
+        if pair[3] != "train":
+            assert document[3] == "validation"
+
+
+def test_a_second_run_does_nothing_and_another_setting_makes_all_anew(
+    corpus: StoragePath, small_settings: Settings, tmp_path: Path, ray_cluster: None
+) -> None:
+    before = Manifest.read(corpus)
+    assert prepare(small_settings) == before
+    pq.write_table(pa.table({"text": [f"A sentence of prose, long enough to keep, number {n}." for n in range(50)]}),
+                   tmp_path / "a.parquet")  # fmt: skip
+    values = {
+        "storage": str(tmp_path / "storage"),
+        "corpus": {"documents": [{"type": "parquet", "path": str(tmp_path / "a.parquet")}], "sequence_length": 32,
+                   "tokenizer": {"vocab_size": 600}},
+    }  # fmt: skip
+    first = prepare(Settings.model_validate(values))
+    values["corpus"]["sequence_length"] = 16  # type: ignore[index]
+    second = prepare(Settings.model_validate(values))
+    assert first.inputs["key"] != second.inputs["key"]
+    assert first.counts["kept"] == second.counts["kept"] == 50
+    rows = read(StoragePath(str(tmp_path / "storage/tokens/default/documents/train")))
+    assert len(rows["input_ids"][0]) == 16
+
+
+def test_nothing_left_is_an_error_with_reasons_and_no_artifact(tmp_path: Path, ray_cluster: None) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "short"}\n{"text": "12345"}\n')
+    settings = Settings.model_validate(
+        {
+            "storage": str(tmp_path / "storage"),
+            "corpus": {
+                "documents": [{"type": "jsonl", "path": str(tmp_path / "a.jsonl")}],
+                "tokenizer": {"vocab_size": 600},
+            },
+        }
+    )
+    with pytest.raises(InputError, match="nothing is left of 2 rows read: dropped.too_short 2"):
+        prepare(settings)
+    assert Manifest.read(StoragePath(str(tmp_path / "storage/tokens/default"))) is None
+
+
+def test_an_error_inside_a_worker_arrives_as_itself(tmp_path: Path, ray_cluster: None) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff\xff")
+    settings = Settings.model_validate(
+        {
+            "storage": str(tmp_path / "storage"),
+            "corpus": {"documents": [{"type": "text", "path": str(tmp_path / "a.txt")}]},
+        }
+    )
+    with pytest.raises(InputError, match="a.txt: not UTF-8 text"):
+        prepare(settings)
+
+
+def test_one_and_two_cpus_give_the_same_bytes(tmp_path: Path) -> None:
+    """Each count in a process and a Ray of its own; the second also reads its sources in another order."""
+    for number in range(4):
+        rows = [f"Sentence {n} of file {number}: the quick brown fox reads {n * n} pages." for n in range(200)]
+        rows += [f"This line is in every file and once in the corpus, number {n}." for n in range(20)]
+        (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    hashes = {}
+    for cpus in (1, 2):
+        names = range(4) if cpus == 1 else reversed(range(4))
+        settings = {
+            "storage": str(tmp_path / f"cpus-{cpus}"),
+            "corpus": {
+                "documents": [{"type": "jsonl", "path": str(tmp_path / f"{n}.jsonl")} for n in names],
+                "pairs": [{"type": "cldr", "to": "fr", "rows": 20_000}],
+                "tokenizer": {"vocab_size": 800},
+                "shard_mb": 0.5,
+            },
+        }
+        cluster = tmp_path / f"{cpus}.yaml"
+        cluster.write_text(yaml.safe_dump({"cluster_name": "x", "metadata": {"raylm": settings}}))
+        code = f"""
+import ray, tempfile
+from raylm.corpus.prepare import prepare
+from raylm.settings import load
+ray.init(address="local", num_cpus={cpus}, include_dashboard=False, log_to_driver=False, _temp_dir=tempfile.mkdtemp(dir="/tmp", prefix="raylm-"))
+prepare(load({str(cluster)!r}))
+"""
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, timeout=180, env=os.environ | {"PYTHONHASHSEED": str(cpus)},
+            capture_output=True,
+        )  # fmt: skip
+        manifest = Manifest.read(StoragePath(f"{settings['storage']}/tokens/default"))
+        assert manifest is not None
+        hashes[cpus] = {entry["name"]: entry["xxh3_128"] for entry in manifest.outputs}
+        tokens = StoragePath(f"{settings['storage']}/tokens/default/tokenizer/tokenizer.json")
+        hashes[cpus]["tokenizer"] = tokens.content_hash()
+    assert len(hashes[1]) > 8
+    assert hashes[1] == hashes[2]

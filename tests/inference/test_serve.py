@@ -1,0 +1,157 @@
+"""The service answers over HTTP as the engine does, refuses what it should, and takes batch jobs beside."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raylm.errors import ArtifactError, RaylmError
+from raylm.inference.batch import run_batch
+from raylm.inference.engines import Engine, answer_texts
+from raylm.inference.model import ModelInfo
+from raylm.inference.serve import start_service, stop_service
+from raylm.settings import Settings
+from raylm.tasks import SUMMARIZE, TRANSLATE
+
+SETTINGS = Settings.model_validate(
+    {
+        "serve": {
+            "port": 0,
+            "decode": {"compute_type": "float32"},
+            "max_request_texts": 50,
+            "max_queued_requests": 12,
+            "batch_wait_s": 0.02,
+        },
+        "batch": {"workers": 1, "chunk_rows": 32, "decode": {"compute_type": "float32"}},
+    }
+)
+LONG = "word " * 60
+
+
+@pytest.fixture(scope="module")
+def service(ray_cluster: None, model_directory: Path) -> Iterator[str]:
+    yield start_service(SETTINGS, str(model_directory))
+    stop_service()
+
+
+@pytest.fixture(scope="module")
+def engine(model_directory: Path) -> Engine:
+    return Engine(ModelInfo.load(str(model_directory)), SETTINGS.serve.decode)
+
+
+def post(service: str, route: str, **body: object) -> httpx.Response:
+    return httpx.post(f"{service}/v1/{route}", json=body, timeout=60)
+
+
+def test_no_service_is_said_plainly(
+    ray_cluster: None, tmp_path: Path, sentences: list[str]
+) -> None:
+    pq.write_table(pa.table({"text": sentences[:5]}), tmp_path / "t.parquet")
+    with pytest.raises(RaylmError, match="no raylm service runs on this cluster; start it with `raylm serve"):
+        run_batch(SETTINGS, TRANSLATE, str(tmp_path / "t.parquet"), through="serve")
+
+
+def test_a_taken_port_is_named(ray_cluster: None, model_directory: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        settings = Settings.model_validate({"serve": {"port": port}})
+        with pytest.raises(RaylmError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
+            start_service(settings, str(model_directory))
+
+
+def test_a_model_that_is_none_is_told_before_anything_starts(ray_cluster: None, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no such directory"):
+        start_service(SETTINGS, str(tmp_path / "absent"))
+
+
+def test_one_text_and_several_are_answered(service: str, engine: Engine, sentences: list[str]) -> None:
+    texts = [*sentences[:5], "Find it. Open it.\nClose it."]
+    expected = answer_texts(engine.decode, TRANSLATE, texts, ">>de<<")
+    answer = post(service, "translate", text=texts, to="de").json()
+    assert answer["model"] == "tiny"
+    assert [row["text"] for row in answer["translations"]] == [output.text for output in expected]
+    single = post(service, "translate", text=texts[0]).json()["translations"]
+    assert single == answer["translations"][:1]
+    summaries = post(service, "summarize", text=texts[:2]).json()["summaries"]
+    expected = answer_texts(engine.decode, SUMMARIZE, texts[:2], ">>summary<<")
+    assert [row["text"] for row in summaries] == [output.text for output in expected]
+
+
+def test_faulty_rows_are_answered_by_their_errors(service: str) -> None:
+    rows = post(service, "translate", text=["", LONG, "Find"]).json()["translations"]
+    assert rows[0] == {"text": None, "truncated": False, "error": "empty text"}
+    assert rows[1]["truncated"] and rows[1]["text"] and not rows[2]["truncated"]
+    assert post(service, "translate", text=[]).json()["translations"] == []
+
+
+def test_concurrent_requests_get_their_own_answers(service: str, engine: Engine, sentences: list[str]) -> None:
+    texts = sentences[100:140]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda text: post(service, "translate", text=text).json(), texts))
+    expected = answer_texts(engine.decode, TRANSLATE, texts, ">>de<<")
+    assert [answer["translations"][0]["text"] for answer in answers] == [output.text for output in expected]
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "status", "reason"),
+    [
+        ("translate", {}, 422, "body.text: Field required"),
+        ("translate", {"text": 5}, 422, "body.text"),
+        ("translate", {"text": "a", "too": "de"}, 422, "body.too: Extra inputs are not permitted"),
+        ("translate", {"text": "a", "to": "zz"}, 400, "cannot translate to 'zz'; its languages: de"),
+        ("summarize", {"text": ["a"] * 51}, 413, "51 texts in a request; 50 are allowed"),
+        ("paint", {"text": "a"}, 404, "Not Found"),
+    ],
+)
+def test_bad_requests_are_explained(
+    service: str, route: str, body: dict[str, object], status: int, reason: str
+) -> None:
+    answer = post(service, route, **body)
+    assert answer.status_code == status
+    assert isinstance(answer.json()["detail"], str) and reason in answer.json()["detail"]
+
+
+def test_requests_past_the_queue_are_sent_away_at_once(service: str) -> None:
+    with ThreadPoolExecutor(60) as pool:
+        answers = list(pool.map(lambda n: post(service, "translate", text=[f"{LONG} {n}"] * 40), range(60)))
+    statuses = {answer.status_code for answer in answers}
+    assert statuses == {200, 503}
+    assert all(answer.headers["retry-after"] == "1" for answer in answers if answer.status_code == 503)
+    assert post(service, "translate", text="Find").status_code == 200, "and later ones are welcome again"
+
+
+def test_health_and_readiness(service: str, engine: Engine) -> None:
+    assert httpx.get(f"{service}/healthz").json() == {"status": "ok"}
+    assert httpx.get(f"{service}/readyz").json()["fingerprint"] == engine.model.fingerprint
+
+
+def test_a_batch_job_through_the_service_gives_what_actors_give(
+    service: str, tmp_path: Path, model_directory: Path, sentences: list[str]
+) -> None:
+    source = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"text": [*sentences[:300], None]}), source)
+    model = str(model_directory)
+    served = run_batch(SETTINGS, TRANSLATE, str(source), through="serve", output=str(tmp_path / "serve.parquet"))
+    acted = run_batch(SETTINGS, TRANSLATE, str(source), model=model, output=str(tmp_path / "actors.parquet"))
+    assert pq.read_table(tmp_path / "serve.parquet").equals(pq.read_table(tmp_path / "actors.parquet"))
+    assert served.counts == acted.counts and served.counts["answered"] == 300
+    assert served.settings["through"] == "serve"
+
+
+def test_a_batch_job_for_another_model_is_refused(service: str, tmp_path: Path, model_directory: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model_directory, other, ignore=shutil.ignore_patterns("ctranslate2"))
+    (other / "raylm.json").write_text((other / "raylm.json").read_text() + " ")
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "t.parquet")
+    with pytest.raises(RaylmError, match="the service hosts .*tiny .* not .*other"):
+        run_batch(SETTINGS, TRANSLATE, str(tmp_path / "t.parquet"), model=str(other), through="serve")

@@ -1,0 +1,113 @@
+"""The command line: its names are frozen, its errors are one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from raylm.cli import main
+from raylm.settings import Settings
+
+FROZEN = Path(__file__).parent / "frozen_interface.json"
+
+
+def interface() -> dict[str, Any]:
+    """Every command with its parameters, and every key of the settings with its default."""
+
+    def commands(group: click.Group, prefix: str) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name, command in sorted(group.commands.items()):
+            if isinstance(command, click.Group):
+                found |= commands(command, f"{prefix}{name} ")
+            else:
+                found[f"{prefix}{name}"] = sorted("/".join(parameter.opts) for parameter in command.params)
+        return found
+
+    def keys(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in values.items():
+            if isinstance(value, dict) and value:
+                found |= keys(value, f"{prefix}{name}.")
+            else:
+                found[f"{prefix}{name}"] = value
+        return found
+
+    assert isinstance(main, click.Group)
+    return {"commands": commands(main, ""), "settings": keys(Settings().model_dump(mode="json"), "")}
+
+
+def test_commands_and_settings_are_frozen() -> None:
+    """A change here is one that users notice: run `python -m tests.test_cli` and say it in the CHANGELOG."""
+    assert interface() == json.loads(FROZEN.read_text())
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def assert_one_line_error(result: Result, *parts: str) -> None:
+    assert result.exit_code == 1, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("raylm: error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_an_unknown_key_is_one_line(tmp_path: Path) -> None:
+    cluster = tmp_path / "c.yaml"
+    cluster.write_text("metadata: {raylm: {pretrain: {stepz: 1}}}")
+    assert_one_line_error(run("pretrain", "--cluster", str(cluster)), str(cluster), "'pretrain.stepz'", "'steps'")
+    assert_one_line_error(run("export", "--cluster", str(tmp_path / "absent.yaml")), "there is no file")
+    assert_one_line_error(run("export", "--set", "storag=/tmp"), "'storag'", "'storage'")
+
+
+def test_stages_that_lack_their_input_say_what_to_run(tmp_path: Path) -> None:
+    storage = f"storage={tmp_path}"
+    assert_one_line_error(run("evaluate", "--set", storage), "not prepared", "raylm prepare")
+    assert_one_line_error(run("export", "--set", storage), "no complete checkpoint")
+    assert_one_line_error(run("report", "--set", storage), str(tmp_path))
+
+
+def test_settings_show_and_schema() -> None:
+    shown = yaml.safe_load(run("settings", "show", "--set", "pretrain.steps=7").stdout)
+    assert Settings.model_validate(shown).pretrain.steps == 7
+    schema = json.loads(run("settings", "schema").stdout)
+    assert "pretrain" in schema["properties"]
+
+
+def test_help_names_every_command() -> None:
+    output = run("--help").output
+    for command in interface()["commands"]:
+        assert command.split()[0] in output
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    return os.environ | {"RAY_ADDRESS": "local", "HOME": str(tmp_path)}
+
+
+def test_a_failing_command_exits_with_one_and_no_trace(tmp_path: Path, environment: dict[str, str]) -> None:
+    """As a person runs it: another process, a Ray of its own."""
+    found = subprocess.run(
+        [sys.executable, "-m", "raylm", "prepare", "--set", f"storage={tmp_path}", "--set",
+         "corpus.documents=[{type: parquet, path: absent.parquet}]"],
+        capture_output=True, text=True, timeout=120, env=environment, check=False,
+    )  # fmt: skip
+    assert found.returncode == 1
+    assert found.stdout == ""
+    assert found.stderr.strip().splitlines()[-1].startswith("raylm: error: corpus.documents[0].path: absent.parquet")
+    assert "Traceback" not in found.stderr
+
+
+if __name__ == "__main__":
+    FROZEN.write_text(json.dumps(interface(), indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from raylm import metrics
+
+
+def test_perfect_and_empty_answers_have_the_extreme_scores() -> None:
+    texts = ["Der Hund läuft schnell nach Hause.", "Heute ist Montag, der 5. Mai."]
+    names = ("chrf", "bleu", "exact_match", "rougeL")
+    perfect = metrics.score(names, texts, texts, "de")
+    assert (perfect["chrf"], perfect["exact_match"], perfect["rougeL"]) == (100, 100, 100)
+    assert perfect["bleu"] == pytest.approx(100)
+    empty = metrics.score(names, ["", ""], texts, "de")
+    assert (empty["chrf"], empty["bleu"], empty["exact_match"], empty["rougeL"]) == (0, 0, 0, 0)
+
+
+def test_known_values() -> None:
+    # ROUGE-L: the longest common subsequence has 3 of 4 and 3 of 6 words: F1 = 0.6
+    assert metrics.rouge(["a b x c"], ["a b c d e f"])["rougeL"] == pytest.approx(60)
+    assert metrics.exact_match(["a", "b", "c"], ["a", "x", "c"])["exact_match"] == pytest.approx(66.67)
+    assert metrics.perplexity(math.log(7)) == pytest.approx(7)
+    assert metrics.perplexity(10_000) == math.inf
+
+
+def test_chinese_is_scored_by_character() -> None:
+    reference, prediction = ["今天天气很好"], ["今天天气不好"]
+    assert metrics.rouge(prediction, reference)["rouge1"] == pytest.approx(100 * 5 / 6, abs=0.01)
+    assert 0 < metrics.bleu(prediction, reference, "zh")["bleu"] < 100
+    assert "tok:zh" in metrics.bleu(prediction, reference, "zh")["bleu_signature"]
+
+
+def test_signatures_say_how_a_score_was_made() -> None:
+    assert metrics.chrf(["a"], ["a"])["chrf_signature"].startswith("nrefs:1|case:mixed")

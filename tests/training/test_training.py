@@ -1,0 +1,207 @@
+"""Training runs on real workers: Ray Train, DeepSpeed, gloo."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raylm.errors import ArtifactError, TrainingError
+from raylm.settings import Settings
+from raylm.storage import Manifest, StoragePath
+from raylm.training import checkpoint as checkpoints
+from raylm.training.loop import TrainingJob, read_metrics
+from raylm.training.trainer import finetune, load_trained, pretrain, run_directory
+
+
+def changed(settings: Settings, **sections: dict[str, Any]) -> Settings:
+    values = settings.model_dump()
+    for section, update in sections.items():
+        values[section] |= update
+    return Settings.model_validate(values)
+
+
+@pytest.fixture(scope="module")
+def pretrained(small_settings: Settings, corpus: StoragePath) -> Manifest:
+    """A finished pretraining run on two workers under ZeRO-1."""
+    return pretrain(changed(small_settings, pretrain={"workers": 2}))
+
+
+def losses(run: StoragePath) -> list[float]:
+    return [row["loss"] for row in read_metrics(run) if "loss" in row]
+
+
+def test_zero_stages_and_worker_counts_give_the_same_losses(small_settings: Settings, corpus: StoragePath) -> None:
+    """Stages 0…3 on one and on two workers, from the same initial weights, in fp32: equal to 1e-4."""
+    import ray.train
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from raylm import models
+
+    root = StoragePath(small_settings.storage) / "equal"
+    tokenizer = models.load_tokenizer(str(corpus / "tokenizer"))
+    model = Path((root / "model").path)
+    tokenizer.save_pretrained(model)
+    models.build_config(small_settings.model, tokenizer).save_pretrained(model)
+    jobs: dict[int, list[TrainingJob]] = {1: [], 2: []}
+    for workers in (1, 2):
+        for stage in (0, 1, 2, 3):
+            training = small_settings.pretrain.model_copy(
+                update={"zero_stage": stage, "log_every": 1, "steps": 10, "learning_rate": 1e-3, "warmup_steps": 4,
+                        "checkpoint_every": 10}
+            )
+            run = str(root / f"zero{stage}-{workers}")
+            jobs[workers].append(TrainingJob(training, small_settings.model, run, str(corpus), str(model), None))
+
+    def train_all(config: dict[str, Any]) -> None:
+        from raylm.training.loop import train_worker
+
+        for job in config["jobs"]:
+            train_worker(job, lambda _: None)
+
+    for workers, group in jobs.items():
+        TorchTrainer(
+            train_all,
+            train_loop_config={"jobs": group},
+            torch_config=TorchConfig(backend="gloo"),
+            scaling_config=ScalingConfig(num_workers=workers),
+            run_config=RunConfig(name=f"equal-{workers}", storage_path=str(root / "ray")),
+        ).fit()
+
+    reference = losses(root / "zero0-1")
+    assert len(reference) == 10
+    assert reference[-1] < reference[0] - 0.05
+    for workers, group in jobs.items():
+        for job in group:
+            found = losses(StoragePath(job.run))
+            assert found == pytest.approx(reference, abs=1e-4), f"{job.run} on {workers} workers"
+            ends = checkpoints.checkpoints(StoragePath(job.run))[-1].validation_loss
+            assert ends == pytest.approx(checkpoints.checkpoints(root / "zero0-1")[-1].validation_loss, abs=1e-4)
+
+
+def test_a_run_leaves_checkpoints_metrics_and_a_manifest(small_settings: Settings, pretrained: Manifest) -> None:
+    run = run_directory(small_settings, "pretrain")
+    assert [c.step for c in checkpoints.checkpoints(run)] == [6, 12]
+    assert pretrained.metrics["step"] == 12
+    assert pretrained.metrics["workers"] == 2
+    assert pretrained.metrics["validation_loss"] < losses(run)[0]
+    assert list(Path(run.path).glob("tensorboard/events.*"))
+    assert not Path(run.path, "ray").exists()
+
+
+def test_a_finished_run_does_nothing_again(small_settings: Settings, pretrained: Manifest) -> None:
+    again = pretrain(changed(small_settings, pretrain={"workers": 2}))
+    assert again == pretrained
+
+
+def test_a_run_refuses_other_settings(small_settings: Settings, pretrained: Manifest) -> None:
+    with pytest.raises(TrainingError, match=r"training.learning_rate: 0.002 → 0.5.*choose another run name"):
+        pretrain(changed(small_settings, pretrain={"learning_rate": 0.5}))
+
+
+def test_more_workers_than_the_cluster_has_are_refused(small_settings: Settings, corpus: StoragePath) -> None:
+    with pytest.raises(TrainingError, match="pretrain.workers is 400, the cluster has 4 CPUs"):
+        pretrain(changed(small_settings, pretrain={"workers": 400}))
+
+
+def test_resuming_gives_the_losses_of_an_unbroken_run(small_settings: Settings, pretrained: Manifest) -> None:
+    """From a damaged newest checkpoint to the one before it, then to the end."""
+    unbroken = run_directory(small_settings, "pretrain")
+    broken = run_directory(small_settings, "broken")
+    shutil.copytree(unbroken.path, broken.path)
+    (broken / "manifest.json").delete()
+    newest = checkpoints.checkpoints(broken)[-1]
+    victim = newest.directory / newest.manifest.outputs[0]["name"]
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(bytes(data))
+    said: list[str] = []
+    assert checkpoints.newest_sound(broken, said.append).step == 6  # type: ignore[union-attr]
+    assert "step-00000012 is damaged" in said[0]
+
+    pretrain(changed(small_settings, pretrain={"workers": 2, "name": "broken"}))
+    assert losses(broken) == pytest.approx(losses(unbroken), abs=1e-6)
+    assert checkpoints.best(broken).validation_loss == pytest.approx(
+        checkpoints.best(unbroken).validation_loss, abs=1e-6
+    )
+
+
+def test_an_unfinished_checkpoint_is_invisible(small_settings: Settings, pretrained: Manifest, tmp_path: Path) -> None:
+    run = StoragePath(str(tmp_path / "run"))
+    shutil.copytree(run_directory(small_settings, "pretrain").path, run.path)
+    (run / "checkpoints/step-00000012/manifest.json").delete()
+    assert [c.step for c in checkpoints.checkpoints(run)] == [6]
+    (run / "checkpoints/step-00000006/manifest.json").delete()
+    with pytest.raises(ArtifactError, match="no complete checkpoint"):
+        checkpoints.best(run)
+
+
+def test_an_objective_that_does_not_fit_the_model_is_refused(small_settings: Settings, corpus: StoragePath) -> None:
+    with pytest.raises(Exception, match="objective 'causal' does not fit a model that is an encoder-decoder"):
+        pretrain(changed(small_settings, pretrain={"objective": "causal", "name": "misfit"}))
+
+
+def test_finetuning_wants_a_pretrained_run(small_settings: Settings, corpus: StoragePath) -> None:
+    with pytest.raises(ArtifactError, match="pretraining has not finished"):
+        finetune(changed(small_settings, pretrain={"name": "absent"}))
+
+
+@pytest.mark.parametrize(("family", "objective"), [("llama", "causal"), ("bert", "masked"), ("t5", "denoise")])
+def test_every_family_learns_by_its_objective(
+    small_settings: Settings, corpus: StoragePath, family: str, objective: str
+) -> None:
+    small = {
+        "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1},
+    }.get(family, {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64})
+    manifest = pretrain(
+        changed(
+            small_settings,
+            model={"family": family, "config": small},
+            pretrain={"name": family, "workers": 1, "steps": 20, "log_every": 1, "learning_rate": 5e-3, "zero_stage": 0},
+        )
+    )
+    found = losses(run_directory(small_settings, family))
+    assert manifest.metrics["step"] == 20
+    assert sum(found[-3:]) < sum(found[:3]) - 0.5
+
+
+def test_finetune_evaluate_export(small_settings: Settings, pretrained: Manifest) -> None:
+    import torch
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    from raylm.training.evaluate import evaluate
+    from raylm.training.export import export
+
+    run = run_directory(small_settings, "finetune")
+    with pytest.raises(ArtifactError, match="no complete checkpoint"):
+        export(small_settings)
+    tuned = finetune(small_settings)
+    assert tuned.metrics["loss"] < losses(run)[0] - 0.5
+    assert len(checkpoints.checkpoints(run)) <= small_settings.finetune.keep_last + 1
+
+    scored = evaluate(small_settings)
+    assert set(scored.metrics) == {"translate-de", "summarize", "validation_perplexity"}
+    assert scored.metrics["translate-de"]["baseline"]["method"] == "copy of the source"
+    assert scored.metrics["translate-de"]["baseline"]["chrf"] > 15
+    assert "chrF2" in scored.metrics["translate-de"]["chrf_signature"]
+    assert evaluate(small_settings) == scored
+
+    exported = export(small_settings)
+    assert export(small_settings) == exported
+    directory = f"{small_settings.storage}/models/default"
+    model = AutoModelForSeq2SeqLM.from_pretrained(directory).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    inputs = tokenizer(">>de<<Monday, 5 May 2025</s>", return_tensors="pt")
+    decoder = torch.tensor([[tokenizer.pad_token_id, 300, 301]])
+    trained, _ = load_trained(run)
+    with torch.no_grad():
+        after = model(input_ids=inputs["input_ids"], decoder_input_ids=decoder).logits
+        before = trained(input_ids=inputs["input_ids"], decoder_input_ids=decoder).logits
+    assert torch.allclose(after, before, atol=1e-4)
+    # Marian decodes from a zero embedding, which CTranslate2 relies on.
+    assert model.get_input_embeddings().weight[tokenizer.pad_token_id].abs().max() == 0
+    card = Path(directory, "README.md").read_text()
+    assert "| translate-de (20 rows) | chrf |" in card
