@@ -247,6 +247,7 @@ def ray_session() -> Iterator[None]:
     """A connection to the running Ray (`$RAY_ADDRESS`, or one of this machine), or to a new local one."""
     # Ray warns of this in every process; nothing here depends on either behaviour.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import ray
 
     if ray.is_initialized():
@@ -286,6 +287,6 @@ def _print(manifest: Manifest, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(asdict(manifest), indent=2, ensure_ascii=False, default=str))
         return
-    from raylm.report import manifest_table
+    from raylm.summary import manifest_table
 
     click.echo(manifest_table(manifest))

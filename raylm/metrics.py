@@ -13,7 +13,7 @@ def chrf(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any
 
     metric = CHRF()
     score = metric.corpus_score(list(predictions), [list(references)]).score
-    return {"chrf": round(score, 2), "chrf_signature": str(metric.get_signature())}
+    return {"chrf": round(score, 2), "chrf_signature": f"chrF2|{metric.get_signature()}"}
 
 
 def bleu(predictions: Sequence[str], references: Sequence[str], to: str | None = None) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def bleu(predictions: Sequence[str], references: Sequence[str], to: str | None =
     tokenize = {"zh": "zh", "ja": "char", "ko": "char"}.get(language, "13a")
     metric = BLEU(tokenize=tokenize)
     score = metric.corpus_score(list(predictions), [list(references)]).score
-    return {"bleu": round(score, 2), "bleu_signature": str(metric.get_signature())}
+    return {"bleu": round(score, 2), "bleu_signature": f"BLEU|{metric.get_signature()}"}
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:

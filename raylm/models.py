@@ -61,8 +61,7 @@ def build_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerFast) ->
                 "activation_dropout": 0.0,
                 "share_encoder_decoder_embeddings": True,
                 "tie_word_embeddings": True,
-                # with sinusoidal positions and an embedding scaled by sqrt(width)
-                "init_std": width**-0.5,
+                "init_std": 0.02,
                 "decoder_start_token_id": tokenizer.pad_token_id,
                 "forced_eos_token_id": None,
             },
@@ -141,7 +140,7 @@ def build_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     import torch
 
     torch.manual_seed(seed)
-    return model_class(config).from_config(config)
+    return _with_fixed_positions(model_class(config).from_config(config))
 
 
 def load_config(path: str) -> PretrainedConfig:
@@ -168,9 +167,21 @@ def load_model(path: str) -> PreTrainedModel:
 
     config = load_config(path)
     try:
-        return model_class(config).from_pretrained(path, dtype=torch.float32)
+        return _with_fixed_positions(model_class(config).from_pretrained(path, dtype=torch.float32))
     except (OSError, ValueError) as error:
         raise ArtifactError(_not_a_model(path, error)) from error
+
+
+def _with_fixed_positions(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its sinusoidal positions kept out of training, also after loading, which forgets that.
+
+    They are not saved either: trained ones would be lost.
+    """
+    for module in model.modules():
+        if type(module).__name__.endswith("SinusoidalPositionalEmbedding"):
+            for parameter in module.parameters():
+                parameter.requires_grad = False
+    return model
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
@@ -204,7 +215,7 @@ def check_model_directory(path: str | os.PathLike[str]) -> Path:
 
 def parameter_count(model: PreTrainedModel) -> int:
     """Trainable values, tied weights counted once, ZeRO-3's parted ones whole."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
 
 
 def _not_a_model(path: str, error: Exception) -> str:

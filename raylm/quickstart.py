@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 from raylm.corpus.prepare import prepare
 from raylm.inference.batch import run_batch
 from raylm.progress import note
-from raylm.report import quickstart_summary, write_report
+from raylm.report import write_report
 from raylm.settings import Settings, model_directory
 from raylm.storage import StoragePath
+from raylm.summary import quickstart_summary
 from raylm.tasks import SUMMARIZE, TRANSLATE, Task
 from raylm.training.batches import Shards
 from raylm.training.evaluate import evaluate

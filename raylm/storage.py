@@ -24,6 +24,8 @@ from raylm.errors import ArtifactError, OutputError
 MANIFEST = "manifest.json"
 _COPY_BYTES = 8 << 20
 
+Rows = list[dict[str, Any]]
+
 
 @lru_cache(maxsize=64)
 def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
@@ -99,6 +101,10 @@ class StoragePath:
 
     def read_json(self) -> Any:
         return json.loads(self.read_bytes())
+
+    def read_jsonl(self) -> Rows:
+        """The rows of a JSON Lines file; none where there is no file."""
+        return [json.loads(line) for line in self.read_bytes().splitlines() if line] if self.is_file() else []
 
     def open_input(self) -> pa.NativeFile:
         return self.filesystem.open_input_file(self.path)
@@ -232,11 +238,16 @@ class Manifest:
     wall_time_s: float = 0.0
     created_at: str = ""
     version: str = __version__
+    directory: str = ""
+    """Where it was written to or read from; not in the file, which may be moved."""
 
     def write(self, directory: StoragePath) -> Manifest:
         """Publish this manifest into its directory: from now on the artifact exists."""
         self.created_at = datetime.now(UTC).isoformat(timespec="seconds")
-        (directory / MANIFEST).write_json(asdict(self))
+        self.directory = str(directory)
+        content = asdict(self)
+        del content["directory"]
+        (directory / MANIFEST).write_json(content)
         return self
 
     @classmethod
@@ -249,7 +260,7 @@ class Manifest:
         if not file.is_file():
             return None
         try:
-            return cls(**file.read_json())
+            return cls(**file.read_json(), directory=str(directory))
         except (ValueError, TypeError) as error:
             raise ArtifactError(f"{file}: not a manifest of raylm ({error})") from error
 

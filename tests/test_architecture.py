@@ -16,6 +16,7 @@ FLOORS = [
     {"errors"},
     {"settings", "storage", "progress"},
     {"tasks", "models", "metrics"},
+    {"summary"},
     {"corpus", "training", "inference", "cluster", "report"},
     {"quickstart"},
     {"cli"},

@@ -33,4 +33,4 @@ def test_chinese_is_scored_by_character() -> None:
 
 
 def test_signatures_say_how_a_score_was_made() -> None:
-    assert metrics.chrf(["a"], ["a"])["chrf_signature"].startswith("nrefs:1|case:mixed")
+    assert metrics.chrf(["a"], ["a"])["chrf_signature"].startswith("chrF2|nrefs:1|case:mixed")

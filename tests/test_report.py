@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 
 from raylm.errors import ArtifactError
-from raylm.report import manifest_table, percent, quickstart_summary, size, write_report
+from raylm.report import write_report
 from raylm.storage import Manifest, StoragePath
+from raylm.summary import manifest_table, percent, quickstart_summary, size
 
 HOSTILE = "<script>alert('x')</script> & \"q\""
 
@@ -248,6 +250,14 @@ def test_a_run_without_metrics_or_any_single_artifact_makes_a_page(storage: Path
         assert "<main>" in page_of(storage / folder)[0]
 
 
+def test_a_long_run_makes_a_page_of_bounded_size(storage: Path) -> None:
+    rows = [{"step": step, "loss": 4.0, "tokens_per_s": 9e3, "learning_rate": 1e-3} for step in range(1, 30_001)]
+    (storage / "runs/pretrain/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    html = page_of(storage)[0]
+    assert len(html) < 500_000
+    assert ">30,000</text>" in html
+
+
 def test_unknown_stages_are_listed(tmp_path: Path) -> None:
     Manifest(stage="nightly", metrics={"batches": 3}, wall_time_s=1).write(StoragePath(str(tmp_path / "n")))
     assert re.search(r"nightly +batches 3 +1 s\n +n\n", write_report(str(tmp_path)))
@@ -297,7 +307,7 @@ def test_report_lists_the_stages_in_the_order_of_the_road(storage: Path) -> None
 
 
 def test_table_of_a_preparation(tmp_path: Path) -> None:
-    assert manifest_table(prepare_manifest()).splitlines() == [
+    assert manifest_table(replace(prepare_manifest(), directory="tokens/default")).splitlines() == [
         "prepare: 2 s",
         "  read      1,000 rows, 2.5 MB at 1.25 MB/s",
         "  kept      800 rows (80.0 %)",
@@ -308,7 +318,7 @@ def test_table_of_a_preparation(tmp_path: Path) -> None:
 
 
 def test_tables_of_the_other_stages(tmp_path: Path) -> None:
-    trained = manifest_table(training_manifest("finetune", tmp_path))
+    trained = manifest_table(replace(training_manifest("finetune", tmp_path), directory=f"{tmp_path}/runs/finetune"))
     assert "12,346 tokens/s, 1 worker\n" in trained
     assert trained.endswith(f"artifact    {tmp_path}/runs/finetune")
     scored = manifest_table(evaluate_manifest())
@@ -345,8 +355,8 @@ def test_quickstart_ends_with_samples_that_fit_the_terminal(
     from rich.cells import cell_len
 
     monkeypatch.setenv("COLUMNS", str(width))
-    manifests = [prepare_manifest(), training_manifest("pretrain", storage), training_manifest("finetune", storage)]
-    manifests += [evaluate_manifest()]
+    places = ("tokens/default", "runs/pretrain", "runs/finetune", "runs/finetune/evaluation")
+    manifests = [found for place in places if (found := Manifest.read(StoragePath(f"{storage}/{place}")))]
     manifests += [batch_manifest(task, storage / f"batch/{task}.parquet") for task in ("translate", "summarize")]
     said = quickstart_summary(manifests, str(storage / "report.html"))
     samples = [line for line in said.splitlines() if " → " in line and "[bold]" in line]

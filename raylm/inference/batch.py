@@ -1,26 +1,22 @@
-"""Batch jobs: every row of a table or of a directory of tables answered by a model, on all workers of the cluster.
+"""Batch jobs: every row of a table or of a directory of tables answered by a model, on all workers.
 
-`run_batch` reads top to bottom: find the input, load what the model says of itself, see whether the job is done
-already, plan its chunks, answer those that are not done, put the parts together, write the manifest.
+`run_batch` reads top to bottom: find the input, load what the model says of itself, see whether the job has been
+done, plan its chunks, answer those that are not done, put the parts together, write the manifest.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from raylm import errors
-from raylm.errors import RaylmError
 from raylm.inference.chunks import (
     Chunk,
     Job,
-    answer_chunk,
     claim_output,
     finished_manifest,
     job_key,
@@ -30,19 +26,17 @@ from raylm.inference.chunks import (
     read_part,
     result_schema,
 )
-from raylm.inference.engines import Engine
 from raylm.inference.estimate import estimate
 from raylm.inference.io import InputFile, format_of, list_inputs, read_texts
 from raylm.inference.model import ModelInfo, absolute
 from raylm.inference.output import write_output
-from raylm.inference.quarantine import Tries
+from raylm.inference.workers import REQUESTS, answer_on_actors, answer_through_service, plan_workers
 from raylm.progress import Progress
-from raylm.settings import DecodeSettings, Settings
+from raylm.settings import Settings, model_directory
 from raylm.storage import MANIFEST, Manifest, Stopwatch, StoragePath
 from raylm.tasks import Task
 
 _SAMPLES = 3
-_MOST_BLOCKS = 2_000
 
 
 def run_batch(
@@ -64,7 +58,7 @@ def run_batch(
     """The manifest of a finished job; of an earlier one where the same job has been done before.
 
     :param input: a Parquet, JSON Lines or CSV file, a directory or a glob; local or on any storage.
-    :param model: the model's directory; default: `<storage>/models/<model.name>`, or with `serve` what is served.
+    :param model: its directory; default: `<storage>/models/<model.name>`, or with `serve` what is served.
     :param column: the text column; default: the only one that holds text.
     :param to: the target language; default: the model's only one.
     :param output: a file, or a directory where the input is several files; its suffix decides the format.
@@ -91,7 +85,7 @@ def run_batch(
             connect()
         info, decode, call_service = connect_to_service(model)
     else:
-        info = ModelInfo.load(model or absolute(f"{settings.storage}/models/{settings.model.name}"))
+        info = ModelInfo.load(model or absolute(model_directory(settings)))
     prompt_token = info.prompt_token(task, to, source_language)
     asked = {"task": task.name, "prompt_token": prompt_token, "column": column, "limit": limit}
     key = job_key(files, info.fingerprint, decode, asked)
@@ -106,12 +100,12 @@ def run_batch(
     workers = 0
     if left:
         if call_service:
-            workers, done = _REQUESTS, _answer_through_service(job, left, call_service)
+            workers, done = REQUESTS, answer_through_service(job, left, call_service)
         else:
             if connect:
                 connect()
-            workers, device = _workers(settings.batch.workers, len(left))
-            done = _answer_on_actors(job, left, info.uri, decode, workers, device)
+            workers, device = plan_workers(settings.batch.workers, len(left))
+            done = answer_on_actors(job, left, info.uri, decode, workers, device)
         _follow(job, left, done)
     manifest = _assemble(job, files, output_files(target, files, input), work)
     manifest.settings = {
@@ -152,123 +146,11 @@ def _follow(job: Job, left: list[Chunk], done: Iterator[dict[str, Any]]) -> None
             progress.update(rows, f"{speed:,.0f} tokens/s" + (f"  {failed:,} errors" if failed else ""))
 
 
-# ---------------------------------------------------------------------------------- on engine actors
-
-
-class ChunkWorker:
-    """An actor of Ray Data that answers chunks; it loads its engine with the first one.
-
-    What the user can mend comes back as a row with `failure`, so that it is told without Ray's stack traces.
-    """
-
-    def __init__(self, job: Job, model: str, decode: DecodeSettings, device: Literal["cpu", "cuda"]) -> None:
-        self._job, self._model, self._decode, self._device = job, model, decode, device
-        self._engine: Engine | None = None
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        counts: dict[str, Any] = {"rows": 0, "errors": 0, "output_tokens": 0, "failure": "", "reason": ""}
-        try:
-            chunk = self._job.chunks[int(batch["chunk"][0])]
-            tries = Tries.note_one(self._job.tries(chunk))
-            if self._engine is None:
-                self._engine = Engine(ModelInfo.load(self._model), self._decode, self._device, threads=1)
-            counts |= answer_chunk(self._job, chunk, self._engine.decode, tries)
-        except RaylmError as error:
-            counts |= {"failure": type(error).__name__, "reason": str(error)}
-        return {name: [value] for name, value in counts.items()}
-
-
-def _workers(wanted: int | Literal["auto"], chunks: int) -> tuple[int, Literal["cpu", "cuda"]]:
-    """How many engine actors, and what each computes on."""
-    import ray
-
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    most = (gpus or max(cpus, 1)) if wanted == "auto" else wanted
-    return min(most, chunks), "cuda" if gpus else "cpu"
-
-
-def _answer_on_actors(
-    job: Job,
-    left: list[Chunk],
-    model: str,
-    decode: DecodeSettings,
-    workers: int,
-    device: Literal["cpu", "cuda"],
-) -> Iterator[dict[str, Any]]:
-    """Counts of each chunk as it gets done. A killed worker is replaced, and its chunk done again."""
-    import ray.data
-    import ray.exceptions
-
-    numbers = {chunk: number for number, chunk in enumerate(job.chunks)}
-    with _quiet_ray_data():
-        chunks = ray.data.from_items(
-            [{"chunk": numbers[chunk]} for chunk in left], override_num_blocks=min(len(left), _MOST_BLOCKS)
-        )
-        answered = chunks.map_batches(
-            ChunkWorker,
-            batch_size=1,
-            batch_format="numpy",
-            zero_copy_batch=True,
-            compute=ray.data.ActorPoolStrategy(size=workers),
-            fn_constructor_args=(job, model, decode, device),
-            num_cpus=1,
-            num_gpus=1 if device == "cuda" else None,
-        )
-        try:
-            yield from answered.iter_rows()
-        except ray.exceptions.RayError as error:
-            cause = " ".join(str(error.__cause__ or error).split())
-            raise RaylmError(
-                f"batch-{job.task_name}: a worker failed: {cause[-400:]}; what is done is kept, the same command"
-                " goes on from there"
-            ) from error
-
-
-@contextmanager
-def _quiet_ray_data() -> Iterator[None]:
-    """Ray Data without its own progress bars and notices, for the datasets made inside."""
-    from ray.data import DataContext
-
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.enable_auto_log_stats = False
-    loggers = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
-    levels = {name: logging.getLogger(name).level for name in loggers}
-    for name, level in loggers.items():
-        logging.getLogger(name).setLevel(level)
-    try:
-        with DataContext.current(context):
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-
-
-# ------------------------------------------------------------------------------- through the service
-
-_REQUESTS = 8  # chunks that are with the service at once: enough for its replicas never to wait
-
-
-def _answer_through_service(job: Job, left: list[Chunk], decode: Any) -> Iterator[dict[str, Any]]:
-    from concurrent.futures import ThreadPoolExecutor, as_completed
-
-    with ThreadPoolExecutor(_REQUESTS) as pool:
-        futures = [pool.submit(answer_chunk, job, chunk, decode) for chunk in left]
-        try:
-            for future in as_completed(futures):
-                yield dict(future.result())
-        finally:
-            for future in futures:
-                future.cancel()
-
-
 # ------------------------------------------------------------------------------------------ assembling
 
 
 def _assemble(job: Job, files: list[InputFile], places: list[StoragePath], work: StoragePath) -> Manifest:
-    """Publish the outputs, each streamed from its input and its parts; gives back what the manifest says of them.
+    """What the manifest says of the outputs, each published whole, streamed from its input and its parts.
 
     :raises OutputError: a place is read-only or full; whatever was there before stays.
     """
@@ -281,9 +163,7 @@ def _assemble(job: Job, files: list[InputFile], places: list[StoragePath], work:
     for number, (table, place) in enumerate(zip(job.tables, places, strict=True)):
         chunks = [chunk for chunk in job.chunks if chunk.file == number]
         rows = sum(chunk.rows for chunk in chunks)
-        write_output(
-            table, rows, _answers(job, chunks, counts, reasons, tokens), place, format_of(place.name)
-        )
+        write_output(table, rows, _answers(job, chunks, counts, reasons, tokens), place, format_of(place.name))
         outputs.append({"path": str(place), "rows": rows, "bytes": place.info().size})
     kept = {output["path"] for output in outputs}
     for output in old.outputs if old else []:
@@ -312,7 +192,7 @@ def _assemble(job: Job, files: list[InputFile], places: list[StoragePath], work:
 def _answers(
     job: Job, chunks: list[Chunk], counts: Counter[str], reasons: Counter[str], tokens: Counter[str]
 ) -> Iterator[pa.RecordBatch]:
-    """The result columns of some chunks in order, counted on their way; at least one batch, maybe an empty one."""
+    """The result columns of some chunks in order, counted on their way, with an empty batch before them."""
     schema = result_schema(job.task)
     yield pa.record_batch([pa.array([], field.type) for field in schema], schema)
     for chunk in chunks:

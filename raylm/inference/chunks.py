@@ -1,8 +1,8 @@
 """A batch job as a list of chunks: what its rows are, where results go, and which chunks are done.
 
-A chunk is a range of rows of one input file. Its result is a part file, published whole: a chunk is done when its
-part is there. Parts stand below `<output>.raylm/parts/<key>`, where the key is a hash over all that decides the
-answers, so that a job with another model, input or setting never takes them for its own.
+A chunk is a range of rows of one input file. Its result is a part file, published whole: a chunk is done when
+its part is there. Parts stand below `<output>.raylm/parts/<key>`, where the key is a hash over all that decides
+the answers, so that a job with another model, input or setting never takes them for its own.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Job:
         return StoragePath(self.parts_uri) / f"{chunk.name}.tries"
 
     def unfinished(self) -> list[Chunk]:
-        """The chunks whose parts are not there, in order. What an earlier run noted of its tries is forgotten."""
+        """The chunks whose parts are not there, in order. An earlier run's notes of its tries are deleted."""
         there = set()
         for place, _ in StoragePath(self.parts_uri).list():
             there.add(place.name)
@@ -95,10 +95,8 @@ class Job:
         return [chunk for chunk in self.chunks if chunk.name not in there]
 
 
-def job_key(
-    files: Sequence[InputFile], fingerprint: str, decode: DecodeSettings, asked: dict[str, Any]
-) -> str:
-    """The hash over all that decides the answers: the files' states, the model, how it decodes, what is asked."""
+def job_key(files: Sequence[InputFile], fingerprint: str, decode: DecodeSettings, asked: dict[str, Any]) -> str:
+    """The hash over all that decides the answers: the files, the model, how it decodes, what is asked."""
     facts = {
         "version": RESULT_VERSION,
         "files": [(file.relative, file.identity) for file in files],
@@ -152,7 +150,7 @@ def _check_result_columns(table: InputTable, task: Task) -> None:
     for name in result_schema(task).names:
         if name in table.columns.names:
             raise InputError(
-                f"{table.file.place}: has a column '{name}' already, where the result would go; rename or drop it"
+                f"{table.file.place}: has a column '{name}' already, where a result would go; rename or drop it"
             )
 
 
@@ -178,8 +176,7 @@ def answer_chunk(job: Job, chunk: Chunk, decode: Decode, tries: Tries | None = N
     else:
         answers = answer_texts(decode, job.task, texts.values, job.prompt_token)
     outputs = [
-        Output(None, problem) if problem else answer
-        for answer, problem in zip(answers, texts.problems, strict=True)
+        Output(None, problem) if problem else answer for answer, problem in zip(answers, texts.problems, strict=True)
     ]
     results = result_schema(job.task)
     columns = {
@@ -211,7 +208,7 @@ def read_part(job: Job, chunk: Chunk) -> pa.RecordBatch:
 def output_place(pattern: str, files: Sequence[InputFile], task: Task, output: str | None) -> StoragePath:
     """Where a job's result goes: a file for a file, a directory for a directory or a glob.
 
-    :raises OutputError: none can be told, it would replace or lie in its own input, or its suffix says nothing.
+    :raises OutputError: none can be told, it would replace or lie in its input, or its suffix says nothing.
     """
     place = StoragePath(pattern)
     if place.is_file():
@@ -266,13 +263,17 @@ def claim_output(target: StoragePath, key: str, overwrite: bool) -> StoragePath:
     note = work / "job.json"
     is_mine = note.is_file() and note.read_json().get("key") == key
     if not (is_mine or overwrite) and (target.is_file() or target.list()):
-        made = " by another model, input or setting" if Manifest.read(work) else ""
-        raise OutputError(
-            f"{target}: exists already, made{made or ' elsewhere'}; use --overwrite or --output"
-        )
+        old = Manifest.read(work)
+        if old is None:
+            why = "made elsewhere"
+        elif old.settings.get("key") == key:
+            why = "changed since it was made"
+        else:
+            why = "made by another model, input or setting"
+        raise OutputError(f"{target}: exists already, {why}; use --overwrite or --output")
     work.mkdir()
     note.write_json({"key": key})
-    for old, _ in (work / "parts").list():
-        if old.name != key:
-            old.delete()
+    for stale, _ in (work / "parts").list():
+        if stale.name != key:
+            stale.delete()
     return work

@@ -1,263 +1,83 @@
-"""JSON Lines and CSV files as Arrow files of equal batches, so that any range of rows is read at once."""
+"""The CTranslate2 form of a model: made once, kept beside it or in this machine's cache."""
 
 from __future__ import annotations
 
-import base64
-import csv
-import io
-import json
-from collections.abc import Iterable, Iterator, Sequence
+import fcntl
+import os
+import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
-from raylm.errors import InputError
-from raylm.storage import StoragePath
-
-PREPARED_ROWS = 1_024
-"""Rows of each batch of a prepared file, but for the last."""
-
-_BLOCK_BYTES = 16 << 20
-_LINE = pa.schema([("line", pa.large_string())])
+from raylm.errors import ArtifactError
+from raylm.inference.model import ModelInfo, cache_directory, rename_or_discard
 
 
-def prepare(place: StoragePath, kind: str, target: StoragePath) -> tuple[int, pa.Schema]:
-    """Rows and columns of a JSON Lines or CSV file, which is copied to `target` unless an earlier run did so.
+def converted_model(model: ModelInfo, quantization: str) -> Path:
+    """The CTranslate2 form of a model, made once for each state of the model and kept beside it.
 
-    JSON Lines keep their lines as they are, in one column `line`; the columns given back are their keys, with
-    the types that fit all rows. CSV columns stay text, as written. A column's metadata `raylm` marks what is no
-    plain text: `number` (CSV cells that read as numbers or dates), `mixed` and `json` (keys whose values have no
-    common type, with and without text among them).
+    Where the model's directory is read-only it is kept in this machine's cache. Any number of processes may
+    ask at once: one converts and renames, the others wait for it.
 
-    :raises InputError: a line or row is malformed; its number is named.
+    :raises ArtifactError: CTranslate2 cannot convert it.
     """
-    noted = target.parent / f"{target.name}.json"
-    if noted.is_file():
-        note = noted.read_json()
-        return note["rows"], pa.ipc.read_schema(pa.py_buffer(base64.b64decode(note["columns"])))
-    rows, columns = (_prepare_jsonl if kind == "jsonl" else _prepare_csv)(place, target)
-    encoded = base64.b64encode(columns.serialize().to_pybytes()).decode()
-    noted.write_json({"rows": rows, "columns": encoded})
-    return rows, columns
+    name = f"{quantization}-{model.fingerprint}"
+    homes = (model.directory / "ctranslate2", cache_directory() / "ctranslate2")
+    for home in homes:
+        if (home / name / "model.bin").is_file():
+            return home / name
+    for home in homes:
+        if _is_writable(home):
+            return _convert_into(home, name, model, quantization)
+    raise ArtifactError(f"no place to keep the converted model: neither {homes[0]} nor {homes[1]} is writable")
 
 
-# ------------------------------------------------------------------------------------------ JSON Lines
+def _convert_into(home: Path, name: str, model: ModelInfo, quantization: str) -> Path:
+    with (home / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (home / name).is_dir():
+            work = Path(tempfile.mkdtemp(prefix=".convert-", dir=home))
+            try:
+                _convert(model, quantization, work / "model")
+                rename_or_discard(work / "model", home / name)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    return home / name
 
 
-def _prepare_jsonl(place: StoragePath, target: StoragePath) -> tuple[int, pa.Schema]:
-    columns = _Columns()
-    rows = 0
-    with target.writing() as sink, pa.ipc.new_file(sink, _LINE) as writer:
-        for block in _blocks(_json_rows(place)):
-            columns.observe([row for _, row in block])
-            writer.write_batch(
-                pa.record_batch([pa.array([line for line, _ in block], pa.large_string())], _LINE)
-            )
-            rows += len(block)
-        if not rows:
-            raise InputError(f"{place}: no rows: every line is blank")
-    return rows, columns.schema()
+def _convert(model: ModelInfo, quantization: str, target: Path) -> None:
+    from ctranslate2.converters import TransformersConverter
+    from transformers import AutoConfig
+    from transformers.utils import logging
 
-
-def _blocks(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    block = []
-    for row in rows:
-        block.append(row)
-        if len(block) == PREPARED_ROWS:
-            yield block
-            block = []
-    if block:
-        yield block
-
-
-def _json_rows(place: StoragePath) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line that is not blank, with the object it holds."""
-    for number, raw in enumerate(_lines(place), start=1):
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            row = json.loads(line) if line else None
-        except UnicodeDecodeError as error:
-            raise InputError(f"{place}: line {number}: not UTF-8 at byte {error.start}") from None
-        except ValueError as error:
-            raise InputError(
-                f"{place}: line {number}: not JSON: {error}; one object a line is expected"
-            ) from None
-        if not line:
-            continue
-        if not isinstance(row, dict):
-            raise InputError(f"{place}: line {number}: holds a JSON {_name(row)}; an object is expected")
-        yield line, row
-
-
-def _name(value: Any) -> str:
-    return {list: "array", str: "string", bool: "boolean", type(None): "null"}.get(type(value), "number")
-
-
-def _lines(place: StoragePath) -> Iterator[bytes]:
-    rest = b""
-    with place.filesystem.open_input_stream(place.path) as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            *lines, rest = (rest + block).split(b"\n")
-            yield from lines
-    if rest:
-        yield rest
-
-
-class _Columns:
-    """The keys of all rows in the order they first appear, with the Arrow type that fits all their values."""
-
-    def __init__(self) -> None:
-        self._types: dict[str, pa.DataType | None] = {}
-        self._with_text: set[str] = set()
-
-    def observe(self, rows: Sequence[dict[str, Any]]) -> None:
-        for name in dict.fromkeys(key for row in rows for key in row):
-            values = [row.get(name) for row in rows]
-            if any(isinstance(value, str) for value in values):
-                self._with_text.add(name)
-            found = _type_of(values)
-            self._types[name] = _common_type(self._types[name], found) if name in self._types else found
-
-    def schema(self) -> pa.Schema:
-        fields = []
-        for name, kind in self._types.items():
-            if kind is None or "struct<>" in str(kind):
-                mark = "mixed" if name in self._with_text else "json"
-                fields.append(pa.field(name, pa.string(), metadata={"raylm": mark}))
-            else:
-                fields.append(pa.field(name, kind))
-        return pa.schema(fields)
-
-
-def _type_of(values: Sequence[Any]) -> pa.DataType | None:
-    """The Arrow type of JSON values; None where they have none in common."""
-    if all(value is None or isinstance(value, str) for value in values):
-        return pa.null() if all(value is None for value in values) else pa.string()
+    config = AutoConfig.from_pretrained(model.directory)
+    if model.model_type == "marian":
+        _check_marian(model, config)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
-        return pa.array(values).type
-    except (pa.ArrowException, UnicodeEncodeError, OverflowError):
-        return None
+        TransformersConverter(str(model.directory)).convert(str(target), quantization=quantization)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ArtifactError(f"model {model.uri}: CTranslate2 cannot convert it: {reason}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
-def _common_type(a: pa.DataType | None, b: pa.DataType | None) -> pa.DataType | None:
-    if a is None or b is None:
-        return None
-    try:
-        schemas = [pa.schema([("x", a)]), pa.schema([("x", b)])]
-        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
-    except (pa.ArrowException, TypeError):
-        return None
-
-
-def typed_rows(rows: Sequence[dict[str, Any]], columns: pa.Schema) -> pa.RecordBatch:
-    """JSON rows as Arrow columns; values without a common type become JSON text."""
-    arrays = []
-    for field in columns:
-        values = [row.get(field.name) for row in rows]
-        if field.metadata and b"raylm" in field.metadata:
-            values = [
-                v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values
-            ]
-        if pa.types.is_string(field.type):
-            values = [None if v is None else v.encode("utf-8", "replace").decode() for v in values]
-        arrays.append(pa.array(values, field.type))
-    return pa.record_batch(arrays, unmarked(columns))
-
-
-def unmarked(columns: pa.Schema) -> pa.Schema:
-    """The columns without raylm's marks, as they are written out."""
-    return pa.schema(
-        [field.remove_metadata() if b"raylm" in (field.metadata or {}) else field for field in columns],
-        metadata=columns.metadata,
-    )
-
-
-# ------------------------------------------------------------------------------------------------ CSV
-
-
-def _prepare_csv(place: StoragePath, target: StoragePath) -> tuple[int, pa.Schema]:
-    import pyarrow.csv as pcsv
-
-    names = _header(place)
-    columns = pa.schema([(name, pa.string()) for name in names])
-    rows = 0
-    marked = columns
-    try:
-        with place.filesystem.open_input_stream(place.path) as stream:
-            reader = pcsv.open_csv(
-                stream,
-                read_options=pcsv.ReadOptions(block_size=_BLOCK_BYTES),
-                parse_options=pcsv.ParseOptions(newlines_in_values=True),
-                convert_options=pcsv.ConvertOptions(
-                    column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
-                ),
-            )
-            with target.writing() as sink, pa.ipc.new_file(sink, columns) as writer:
-                for batch in equal_batches(reader, PREPARED_ROWS):
-                    if not rows:
-                        marked = _mark_numbers(batch)
-                    writer.write_batch(batch)
-                    rows += batch.num_rows
-    except pa.ArrowInvalid as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{place}: not readable as CSV: {reason}") from error
-    return rows, marked
-
-
-def _header(place: StoragePath) -> list[str]:
-    with place.filesystem.open_input_stream(place.path) as stream:
-        head = bytes(stream.read(1 << 20))
-    try:
-        text = head[: head.rfind(b"\n") + 1 or None].decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{place}: not UTF-8 at byte {error.start}") from None
-    names = next(csv.reader(io.StringIO(text, newline="")), [])
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if not names:
-        raise InputError(
-            f"{place}: the first line is blank; a header with the names of the columns is expected"
+def _check_marian(model: ModelInfo, config: Any) -> None:
+    """CTranslate2's loader cuts the last id off and starts from a zero embedding, whatever the start."""
+    if config.pad_token_id != config.vocab_size - 1 or config.decoder_start_token_id != config.pad_token_id:
+        raise ArtifactError(
+            f"model {model.uri}: a Marian needs <pad> as its last id ({config.vocab_size - 1}) and decoder start;"
+            f" found pad {config.pad_token_id}, start {config.decoder_start_token_id}"
         )
-    if twice:
-        raise InputError(f"{place}: the header names a column twice: {', '.join(twice)}")
-    return names
 
 
-def _mark_numbers(batch: pa.RecordBatch) -> pa.Schema:
-    """The columns, marked `number` where all cells of the first rows read as numbers, truths or dates."""
-    fields = []
-    for field, cells in zip(batch.schema, batch.columns, strict=True):
-        filled = pa.array([cell for cell in cells.to_pylist() if cell.strip()], pa.string())
-        is_number = len(filled) > 0 and any(
-            _reads_as(filled, kind) for kind in (pa.float64(), pa.bool_(), pa.timestamp("s"))
-        )
-        fields.append(field.with_metadata({"raylm": "number"}) if is_number else field)
-    return pa.schema(fields)
-
-
-def _reads_as(cells: pa.Array, kind: pa.DataType) -> bool:
+def _is_writable(directory: Path) -> bool:
     try:
-        cells.cast(kind)
-    except pa.ArrowInvalid:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return os.access(directory, os.W_OK)
+    except OSError:
         return False
-    return True
-
-
-def equal_batches(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
-    """The same rows in batches of `rows` each; the last may be shorter."""
-    held: list[pa.RecordBatch] = []
-    count = 0
-    for batch in batches:
-        held.append(batch)
-        count += batch.num_rows
-        if count >= rows:
-            table = pa.Table.from_batches(held)
-            whole = count - count % rows
-            for start in range(0, whole, rows):
-                yield _one_batch(table.slice(start, rows))
-            held, count = table.slice(whole).to_batches(), count - whole
-    if count:
-        yield _one_batch(pa.Table.from_batches(held))
-
-
-def _one_batch(table: pa.Table) -> pa.RecordBatch:
-    return table.combine_chunks().to_batches()[0]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import shutil
-import tempfile
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -13,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raylm.errors import ArtifactError
-from raylm.inference.model import ModelInfo, cache_directory, rename_or_discard
+from raylm.inference.convert import converted_model
+from raylm.inference.model import ModelInfo
 from raylm.inference.segment import split_text
 from raylm.settings import DecodeSettings
 from raylm.tasks import TRANSLATE, Task
@@ -39,14 +37,12 @@ Decode = Callable[[Sequence[str], str | None], list[Output]]
 """Texts and a prompt token to their outputs, in order: `Engine.decode`, or a service that hosts one."""
 
 
-def answer_texts(
-    decode: Decode, task: Task, texts: Sequence[str | None], prompt_token: str | None
-) -> list[Output]:
+def answer_texts(decode: Decode, task: Task, texts: Sequence[str | None], prompt_token: str | None) -> list[Output]:
     """One output for each text, in order. Translation goes by sentences; null and empty texts are errors.
 
     A text's answer is truncated when any of its sentences is; its error is the first of theirs.
     """
-    documents = [split_text(text or "") if task is TRANSLATE else None for text in texts]
+    documents = [split_text(text or "") if task == TRANSLATE else None for text in texts]
     asked: list[list[str]] = []
     for text, document in zip(texts, documents, strict=True):
         if text is None or not text.strip():
@@ -74,6 +70,25 @@ def answer_texts(
     return answers
 
 
+def compute_type_for(settings: DecodeSettings, device: Literal["cpu", "cuda"]) -> str:
+    """What a device computes in: what is set, or int8 on CPUs and float16 on GPUs.
+
+    :raises ArtifactError: the device cannot.
+    """
+    import ctranslate2
+
+    compute_type = settings.compute_type
+    if compute_type == "auto":
+        compute_type = "float16" if device == "cuda" else "int8"
+    supported = ctranslate2.get_supported_compute_types(device)
+    if compute_type not in supported:
+        known = ", ".join(t for t in ("float32", "float16", "bfloat16", "int8") if t in supported)
+        raise ArtifactError(
+            f"decode.compute_type: this {device} cannot compute in '{compute_type}', but in {known}, auto"
+        )
+    return compute_type
+
+
 class Engine:
     """A loaded encoder-decoder.
 
@@ -92,15 +107,7 @@ class Engine:
         import ctranslate2
 
         self.model, self.settings = model, settings
-        compute_type = settings.compute_type
-        if compute_type == "auto":
-            compute_type = "float16" if device == "cuda" else "int8"
-        supported = ctranslate2.get_supported_compute_types(device)
-        if compute_type not in supported:
-            known = ", ".join(t for t in ("float32", "float16", "bfloat16", "int8") if t in supported)
-            raise ArtifactError(
-                f"decode.compute_type: this {device} cannot compute in '{compute_type}', but in {known}, auto"
-            )
+        compute_type = compute_type_for(settings, device)
         self._tokenizer = _Tokenizer(model)
         self._translator = ctranslate2.Translator(
             str(converted_model(model, compute_type)),
@@ -217,7 +224,11 @@ class _Tokenizer:
         else:
             from raylm.models import load_tokenizer
 
-            self._slow = load_tokenizer(str(directory))
+            try:
+                self._slow = load_tokenizer(str(directory))
+            except ImportError as error:
+                reason = " ".join(str(error).split())
+                raise ArtifactError(f"model {model.uri}: its tokenizer needs a package: {reason}") from error
             around = self._slow("").input_ids
             vocabulary = self._slow.get_vocab()
         self._ids: dict[str, int] = vocabulary
@@ -257,88 +268,9 @@ class _Tokenizer:
 
 def _end_token(directory: Path, tokens: dict[int, str]) -> str:
     """The token that ends an answer, as the config names it by id."""
-    import json
-
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     end = config.get("eos_token_id")
     number = end[0] if isinstance(end, list) else end
     if number not in tokens:
-        raise ArtifactError(
-            f"{directory / 'config.json'}: eos_token_id is {end!r}, not an id of the tokenizer"
-        )
+        raise ArtifactError(f"{directory / 'config.json'}: eos_token_id is {end!r}, not an id of the tokenizer")
     return tokens[number]
-
-
-# ----------------------------------------------------------------------------------------- conversion
-
-
-def converted_model(model: ModelInfo, quantization: str) -> Path:
-    """The CTranslate2 form of a model, made once for each state of the model and kept beside it.
-
-    Where the model's directory is read-only it is kept in this machine's cache. Any number of processes may ask
-    at once: one converts and renames, the others wait for it.
-
-    :raises ArtifactError: CTranslate2 cannot convert it.
-    """
-    name = f"{quantization}-{model.fingerprint}"
-    homes = (model.directory / "ctranslate2", cache_directory() / "ctranslate2")
-    for home in homes:
-        if (home / name / "model.bin").is_file():
-            return home / name
-    for home in homes:
-        if _is_writable(home):
-            return _convert_into(home, name, model, quantization)
-    raise ArtifactError(
-        f"no place to keep the converted model: neither {homes[0]} nor {homes[1]} is writable"
-    )
-
-
-def _convert_into(home: Path, name: str, model: ModelInfo, quantization: str) -> Path:
-    with (home / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (home / name).is_dir():
-            work = Path(tempfile.mkdtemp(prefix=".convert-", dir=home))
-            try:
-                _convert(model, quantization, work / "model")
-                rename_or_discard(work / "model", home / name)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-    return home / name
-
-
-def _convert(model: ModelInfo, quantization: str, target: Path) -> None:
-    from ctranslate2.converters import TransformersConverter
-    from transformers import AutoConfig
-    from transformers.utils import logging
-
-    config = AutoConfig.from_pretrained(model.directory)
-    if model.model_type == "marian":
-        _check_marian(model, config)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        TransformersConverter(str(model.directory)).convert(str(target), quantization=quantization)
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ArtifactError(f"model {model.uri}: CTranslate2 cannot convert it: {reason}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _check_marian(model: ModelInfo, config: Any) -> None:
-    """CTranslate2's loader cuts the last id off and starts from a zero embedding, whatever the start token."""
-    if config.pad_token_id != config.vocab_size - 1 or config.decoder_start_token_id != config.pad_token_id:
-        raise ArtifactError(
-            f"model {model.uri}: a Marian model needs <pad> as its last id ({config.vocab_size - 1}) and decoder"
-            f" start; found pad {config.pad_token_id}, start {config.decoder_start_token_id}"
-        )
-
-
-def _is_writable(directory: Path) -> bool:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            return os.access(directory, os.W_OK)
-    except OSError:
-        return False

@@ -29,7 +29,7 @@ def estimate(
 ) -> Manifest:
     """A manifest with rows, and with characters, tokens and seconds as a sample of 32 rows foretells them.
 
-    The sample is decoded here, on one CPU; `predicted_s` divides its time among the workers. Nothing is written.
+    The sample is decoded here, on one CPU; `predicted_s` divides its time among the workers. Nothing is kept.
     """
     with tempfile.TemporaryDirectory(prefix="raylm-") as directory:
         work = StoragePath(directory)
@@ -82,12 +82,8 @@ def estimate(
 def _sample(job: Job) -> list[Chunk]:
     """A few rows at places spread evenly over the chunks."""
     step = max(len(job.chunks) / _PLACES, 1.0)
-    picked = [
-        job.chunks[int(place * step)] for place in range(_PLACES) if int(place * step) < len(job.chunks)
-    ]
-    return [
-        Chunk(chunk.file, chunk.start, min(chunk.start + _ROWS_AT_A_PLACE, chunk.stop)) for chunk in picked
-    ]
+    picked = [job.chunks[int(place * step)] for place in range(_PLACES) if int(place * step) < len(job.chunks)]
+    return [Chunk(chunk.file, chunk.start, min(chunk.start + _ROWS_AT_A_PLACE, chunk.stop)) for chunk in picked]
 
 
 def _texts(job: Job, chunk: Chunk) -> list[str | None]:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from raylm.errors import InputError
-from raylm.inference.convert import PREPARED_ROWS, prepare
+from raylm.inference.prepare import PREPARED_ROWS, prepare
 from raylm.storage import StoragePath, find_files
 
 Format = Literal["parquet", "jsonl", "csv"]
@@ -151,9 +151,7 @@ def choose_column(table: InputTable, wanted: str | None) -> str:
         if len(textual) == 1:
             return str(textual[0])
         if textual:
-            raise InputError(
-                f"{where}: several columns hold text, name one with --column: {', '.join(textual)}"
-            )
+            raise InputError(f"{where}: several columns hold text, name one with --column: {', '.join(textual)}")
         raise InputError(f"{where}: no column holds text; its columns: {listed or 'none'}")
     if wanted not in columns.names:
         near = difflib.get_close_matches(wanted, columns.names, n=1, cutoff=0.5)

@@ -90,9 +90,7 @@ class ModelInfo:
         config = _read_json(directory / "config.json")
         _check_architecture(path, config)
         card = _read_json(directory / "raylm.json") if (directory / "raylm.json").is_file() else None
-        positions = int(
-            config.get("max_position_embeddings") or config.get("n_positions") or _DEFAULT_POSITIONS
-        )
+        positions = int(config.get("max_position_embeddings") or config.get("n_positions") or _DEFAULT_POSITIONS)
         said = card or {}
         try:
             return cls(
@@ -110,9 +108,7 @@ class ModelInfo:
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"model {path}: raylm.json is incomplete or malformed: {error!r}") from error
 
-    def prompt_token(
-        self, task: Task, to: str | None = None, source_language: str | None = None
-    ) -> str | None:
+    def prompt_token(self, task: Task, to: str | None = None, source_language: str | None = None) -> str | None:
         """The token that asks this model for a task; None for a model made elsewhere without such tokens.
 
         :param to: the target language; may be left out where the model has a single one.
@@ -140,9 +136,7 @@ class ModelInfo:
         if to is None and len(self.languages) == 1:
             return self.languages[0]
         if to is None:
-            raise ArtifactError(
-                f"model {self.uri}: name a target language with --to; its languages: {listed}"
-            )
+            raise ArtifactError(f"model {self.uri}: name a target language with --to; its languages: {listed}")
         for language in self.languages:
             if language.replace("_", "-").lower() == to.replace("_", "-").lower():
                 return language
@@ -176,9 +170,7 @@ def _check_architecture(path: str, config: dict[str, Any]) -> None:
         )
     if model_type in _MODEL_TYPES:
         return
-    kind = (
-        "an encoder-decoder of a kind" if config.get("is_encoder_decoder") else "a decoder or encoder alone,"
-    )
+    kind = "an encoder-decoder of a kind" if config.get("is_encoder_decoder") else "a decoder or encoder alone,"
     raise ArtifactError(
         f"model {path}: '{model_type}' is {kind} that cannot translate or summarise here;"
         f" supported encoder-decoders: {supported}"
@@ -203,9 +195,7 @@ def _on_this_machine(path: str) -> Path:
     files = [(child, info) for child, info in place.list() if info.is_file]
     if not files:
         raise ArtifactError(f"model {path}: there is no such directory")
-    state = xxhash.xxh3_64(
-        repr([(path, child.name, info.size, info.mtime_ns) for child, info in files]).encode()
-    )
+    state = xxhash.xxh3_64(repr([(path, child.name, info.size, info.mtime_ns) for child, info in files]).encode())
     target = cache_directory() / "models" / f"{place.name}-{state.hexdigest()}"
     if target.is_dir():
         return target

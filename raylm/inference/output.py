@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raylm.inference.convert import typed_rows, unmarked
 from raylm.inference.io import Format, InputTable, read_rows
+from raylm.inference.prepare import typed_rows, unmarked
 from raylm.storage import StoragePath
 
 _GROUP_ROWS = 65_536
@@ -69,7 +69,11 @@ class _Cursor:
         taken = []
         while rows:
             if not self._held.num_rows:
-                self._held = next(self._batches)
+                following = next(self._batches, None)
+                if following is None:
+                    raise ValueError(f"{rows} rows have no answers")
+                self._held = following
+                continue
             part = self._held.slice(0, rows)
             self._held = self._held.slice(part.num_rows)
             rows -= part.num_rows
@@ -164,7 +168,7 @@ def _csv_cell(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """An Arrow value as JSON says it: dates in ISO 8601, seconds, decimals as text, bytes in base64, no NaN."""
+    """An Arrow value as JSON says it: ISO 8601 dates, seconds, decimals as text, base64 bytes, no NaN."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,7 +1,7 @@
-"""Chunks that workers die over: after two deaths their rows go one by one, and a row that kills twice is an error.
+"""Chunks that workers die over: after two deaths their rows go one by one; a row that kills twice is an error.
 
-Ray replaces a dead worker and hands it the same chunk for ever. What a worker was about to do is therefore noted
-beside the chunk's part before it is done.
+Ray replaces a dead worker and hands it the same chunk for ever. What a worker was about to do is therefore
+noted beside the chunk's part before it is done.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Tries:
             tries.row, tries.begun = None, _WHOLE_TRIES
         elif tries.begun >= _MOST_TRIES:
             raise RaylmError(
-                f"{tries.begun} workers died before they came to a row of {place.name}: is there memory enough for"
-                " the model? What is done is kept, the same command goes on from there"
+                f"{tries.begun} workers died before they came to a row of {place.name}: is there memory enough"
+                " for the model? What is done is kept, the same command goes on from there"
             )
         tries.begun += 1
         tries.write(place)
@@ -67,7 +67,7 @@ def answer_one_by_one(
     tries: Tries,
     place: StoragePath,
 ) -> list[Output]:
-    """The outputs of a chunk's texts, each noted before it is begun; those that killed twice are passed over."""
+    """The outputs of a chunk's texts, each noted before it is begun; those that killed twice are left out."""
     outputs = []
     for row, text in enumerate(texts):
         if tries.deaths.get(row, 0) >= 2:

@@ -4,13 +4,16 @@
 `GET /readyz`. Texts of requests that arrive together are decoded together.
 """
 
-# No postponed annotations here: FastAPI reads the routes' types again in the replica, where their names are unknown.
+# No postponed annotations here: FastAPI reads the routes' types again in the replica, which lacks their names.
 
 import asyncio
 import logging
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,11 +26,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 
+from raylm import tasks  # the module: a replica gets copies of this module's globals, not the same objects
 from raylm.errors import ArtifactError, RaylmError
-from raylm.inference.engines import Engine, Output, answer_texts
+from raylm.inference.engines import Engine, Output, answer_texts, compute_type_for
 from raylm.inference.model import ModelInfo, absolute
 from raylm.settings import DecodeSettings, ServeSettings, Settings
-from raylm.tasks import SUMMARIZE, TRANSLATE, Task
+from raylm.tasks import Task
 
 APPLICATION = "raylm"
 _RETRY_AFTER_S = "1"
@@ -88,6 +92,9 @@ class Service:
         self._model = ModelInfo.load(model)
         self._engine = Engine(self._model, settings.decode, device, threads=1)
         self._open_requests = 0
+        # Threads apart: chunks of batch jobs never keep an online request waiting for a thread. The engine takes
+        # the batches of all threads in turn.
+        self._online, self._bulk = ThreadPoolExecutor(1), ThreadPoolExecutor(2)
         self._decode_together.set_max_batch_size(settings.max_batch_texts)
         self._decode_together.set_batch_wait_timeout_s(settings.batch_wait_s)
 
@@ -95,12 +102,12 @@ class Service:
 
     @api.post("/v1/translate")  # type: ignore[untyped-decorator]
     async def translate(self, request: TranslateRequest) -> TranslateResponse:
-        answers = await self._answer(TRANSLATE, request.text, request.to)
+        answers = await self._answer(tasks.TRANSLATE, request.text, request.to)
         return TranslateResponse(model=self._model.name, translations=answers)
 
     @api.post("/v1/summarize")  # type: ignore[untyped-decorator]
     async def summarize(self, request: SummarizeRequest) -> SummarizeResponse:
-        answers = await self._answer(SUMMARIZE, request.text, None)
+        answers = await self._answer(tasks.SUMMARIZE, request.text, None)
         return SummarizeResponse(model=self._model.name, summaries=answers)
 
     @api.get("/healthz")  # type: ignore[untyped-decorator]
@@ -117,9 +124,7 @@ class Service:
         texts = [text] if isinstance(text, str) else text
         most = self._settings.max_request_texts
         if len(texts) > most:
-            raise HTTPException(
-                413, f"{len(texts)} texts in a request; {most} are allowed, send several requests"
-            )
+            raise HTTPException(413, f"{len(texts)} texts in a request; {most} are allowed, send several requests")
         try:
             prompt_token = self._model.prompt_token(task, to)
         except ArtifactError as error:
@@ -134,13 +139,12 @@ class Service:
         return [Answer(text=o.text, truncated=o.truncated, error=o.error) for o in outputs]
 
     @serve.batch(batch_size_fn=_text_count)  # type: ignore[untyped-decorator]
-    async def _decode_together(
-        self, requests: list[tuple[Task, list[str], str | None]]
-    ) -> list[list[Output]]:
-        return await asyncio.to_thread(self._decode_requests, requests)
+    async def _decode_together(self, requests: list[tuple[Task, list[str], str | None]]) -> list[list[Output]]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._online, self._decode_requests, requests)
 
     def _decode_requests(self, requests: Sequence[tuple[Task, list[str], str | None]]) -> list[list[Output]]:
-        """The outputs of each request; those that ask the same of the model go into the same engine batches."""
+        """The outputs of each request; requests for the same task go into the same engine batches."""
         outputs: list[list[Output]] = [[] for _ in requests]
         for task, prompt_token in dict.fromkeys((task, token) for task, _, token in requests):
             numbers = [n for n, (t, _, token) in enumerate(requests) if (t, token) == (task, prompt_token)]
@@ -154,7 +158,8 @@ class Service:
 
     async def decode(self, texts: Sequence[str], prompt_token: str | None) -> list[Output]:
         """`Engine.decode` for a batch job. Its engine batches and those of online requests take turns."""
-        return await asyncio.to_thread(self._engine.decode, texts, prompt_token)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._bulk, self._engine.decode, texts, prompt_token)
 
     async def describe(self) -> dict[str, Any]:
         """The model and the decode settings of this service."""
@@ -170,10 +175,12 @@ def build_app(settings: Settings, model: str) -> serve.Application:
     model = absolute(model)
     ModelInfo.load(model)
     has_gpus = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
+    if not has_gpus:
+        compute_type_for(settings.serve.decode, "cpu")  # a replica that fails is started again and again
     service: Any = Service
     deployment = service.options(
         num_replicas=settings.serve.replicas,
-        # Requests wait inside the replica, where they can be decoded together and be refused with Retry-After.
+        # Requests wait inside the replica, which decodes them together and refuses with Retry-After.
         max_ongoing_requests=2 * settings.serve.max_queued_requests + settings.serve.max_batch_texts,
         max_queued_requests=-1,
         ray_actor_options={"num_cpus": 1, "num_gpus": 1 if has_gpus else 0},
@@ -198,9 +205,7 @@ def start_service(settings: Settings, model: str) -> str:
             port = _free_port(host, port)
             serve.start(http_options=serve.HTTPOptions(host=host, port=port))
         elif port not in (0, running):
-            raise RaylmError(
-                f"this cluster's Ray Serve listens on port {running} already; set serve.port={running}"
-            )
+            raise RaylmError(f"this cluster's Ray Serve listens on port {running} already; set serve.port={running}")
         else:
             port = running
         try:
@@ -219,6 +224,19 @@ def stop_service() -> None:
         serve.delete(APPLICATION)
         if not serve.status().applications:
             serve.shutdown()
+
+
+def wait_for_signal() -> None:
+    """Comes back at SIGINT or SIGTERM; only for the main thread."""
+    stopped = threading.Event()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:
+        signal.signal(number, lambda *_: stopped.set())
+    try:
+        stopped.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _running_port() -> int | None:

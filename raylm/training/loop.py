@@ -357,7 +357,4 @@ class MetricsLog:
 
 def read_metrics(run: StoragePath) -> list[dict[str, Any]]:
     """The rows of a run's metrics, oldest first; none where it has not logged yet."""
-    file = run / METRICS_FILE
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_bytes().decode().splitlines()]
+    return (run / METRICS_FILE).read_jsonl()

@@ -29,9 +29,18 @@ RUN_FILE = "run.json"
 """Below a run: what it was started with."""
 
 _FREE = {
-    "steps", "micro_batch_tokens", "workers", "log_every", "validate_every", "validation_batches", "checkpoint_every",
-    "keep_last", "max_failures", "compile",
-}  # fmt: skip
+    "name",
+    "steps",
+    "micro_batch_tokens",
+    "workers",
+    "log_every",
+    "validate_every",
+    "validation_batches",
+    "checkpoint_every",
+    "keep_last",
+    "max_failures",
+    "compile",
+}
 """What may change between two starts of one run: nothing of it changes what a step computes."""
 _MOST_CPU_WORKERS = 4
 

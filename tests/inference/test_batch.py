@@ -46,9 +46,7 @@ def done(
     folder = tmp_path_factory.mktemp("batch")
     pq.write_table(table_of(sentences, 300), folder / "input.parquet", row_group_size=64)
     settings = Settings.model_validate({"batch": {"workers": 2}})
-    manifest = run_batch(
-        settings, TRANSLATE, str(folder / "input.parquet"), model=str(model_directory), column="text"
-    )
+    manifest = run_batch(settings, TRANSLATE, str(folder / "input.parquet"), model=str(model_directory), column="text")
     return folder, manifest
 
 
@@ -130,6 +128,9 @@ def test_overwriting_and_limits(tmp_path: Path, model_directory: Path, sentences
     assert [row["text"] for row in rows] == sentences[:40] and all(row["summary"] for row in rows)
     assert list(rows[0]) == ["text", "n", "summary", "error", "truncated"]
     assert manifest.counts["rows"] == 40
+    output.write_text("mine again")
+    with pytest.raises(OutputError, match="exists already, changed since it was made"):
+        run_batch(ONE_WORKER, SUMMARIZE, str(tmp_path / "in.jsonl"), connect=never, **asked)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -232,9 +233,7 @@ def test_faults_are_told_before_ray_is_needed(
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_fault_of_a_worker_is_told_as_plainly(
-    tmp_path: Path, model_directory: Path, sentences: list[str]
-) -> None:
+def test_a_fault_of_a_worker_is_told_as_plainly(tmp_path: Path, model_directory: Path, sentences: list[str]) -> None:
     """The device lacks the compute type: that is found out in the actor."""
     pq.write_table(pa.table({"text": sentences[:40]}), tmp_path / "t.parquet")
     settings = Settings.model_validate({"batch": {"workers": 1, "decode": {"compute_type": "float16"}}})

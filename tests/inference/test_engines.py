@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from raylm.errors import ArtifactError
-from raylm.inference.engines import EMPTY_TEXT, NULL_TEXT, Engine, Output, answer_texts, converted_model
+from raylm.inference.convert import converted_model
+from raylm.inference.engines import EMPTY_TEXT, NULL_TEXT, Engine, Output, answer_texts
 from raylm.inference.model import ModelInfo, model_fingerprint
 from raylm.settings import DecodeSettings
 from raylm.tasks import SUMMARIZE, TRANSLATE

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +20,7 @@ from raylm.errors import ArtifactError, RaylmError
 from raylm.inference.batch import run_batch
 from raylm.inference.engines import Engine, answer_texts
 from raylm.inference.model import ModelInfo
-from raylm.inference.serve import start_service, stop_service
+from raylm.inference.serve import start_service, stop_service, wait_for_signal
 from raylm.settings import Settings
 from raylm.tasks import SUMMARIZE, TRANSLATE
 
@@ -33,7 +36,7 @@ SETTINGS = Settings.model_validate(
         "batch": {"workers": 1, "chunk_rows": 32, "decode": {"compute_type": "float32"}},
     }
 )
-LONG = "word " * 60
+LONG = "word " * 200
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +54,7 @@ def post(service: str, route: str, **body: object) -> httpx.Response:
     return httpx.post(f"{service}/v1/{route}", json=body, timeout=60)
 
 
-def test_no_service_is_said_plainly(
-    ray_cluster: None, tmp_path: Path, sentences: list[str]
-) -> None:
+def test_no_service_is_said_plainly(ray_cluster: None, tmp_path: Path, sentences: list[str]) -> None:
     pq.write_table(pa.table({"text": sentences[:5]}), tmp_path / "t.parquet")
     with pytest.raises(RaylmError, match="no raylm service runs on this cluster; start it with `raylm serve"):
         run_batch(SETTINGS, TRANSLATE, str(tmp_path / "t.parquet"), through="serve")
@@ -72,6 +73,12 @@ def test_a_taken_port_is_named(ray_cluster: None, model_directory: Path) -> None
 def test_a_model_that_is_none_is_told_before_anything_starts(ray_cluster: None, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no such directory"):
         start_service(SETTINGS, str(tmp_path / "absent"))
+
+
+def test_a_compute_type_that_the_cpu_lacks_is_told_at_once(ray_cluster: None, model_directory: Path) -> None:
+    settings = Settings.model_validate({"serve": {"port": 0, "decode": {"compute_type": "float16"}}})
+    with pytest.raises(ArtifactError, match="cannot compute in 'float16'"):
+        start_service(settings, str(model_directory))
 
 
 def test_one_text_and_several_are_answered(service: str, engine: Engine, sentences: list[str]) -> None:
@@ -148,10 +155,38 @@ def test_a_batch_job_through_the_service_gives_what_actors_give(
     assert served.settings["through"] == "serve"
 
 
+def test_online_requests_do_not_wait_for_batch_jobs(service: str, sentences: list[str]) -> None:
+    from ray import serve
+
+    handle = serve.get_app_handle("raylm")
+    bulk = [handle.decode.remote([f"{text} {n} {text}" for text in sentences[:1_500]], ">>de<<") for n in range(8)]
+    bulk[0].result(timeout_s=60)
+    assert post(service, "translate", text="Find Text").status_code == 200
+    last_is_done = False
+    try:
+        bulk[-1].result(timeout_s=0)
+        last_is_done = True
+    except TimeoutError:
+        pass
+    assert not last_is_done, "the online request was answered before the batch job's chunks"
+    for response in bulk:
+        assert len(response.result(timeout_s=120)) == 1_500
+
+
 def test_a_batch_job_for_another_model_is_refused(service: str, tmp_path: Path, model_directory: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(model_directory, other, ignore=shutil.ignore_patterns("ctranslate2"))
     (other / "raylm.json").write_text((other / "raylm.json").read_text() + " ")
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "t.parquet")
-    with pytest.raises(RaylmError, match="the service hosts .*tiny .* not .*other"):
+    with pytest.raises(RaylmError, match=r"the service hosts .*tiny .* not .*other"):
         run_batch(SETTINGS, TRANSLATE, str(tmp_path / "t.parquet"), model=str(other), through="serve")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_waiting_ends_with_a_signal_and_leaves_the_handlers(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), number))
+    timer.start()
+    wait_for_signal()
+    timer.join()
+    assert signal.getsignal(number) is before

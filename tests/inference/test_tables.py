@@ -17,9 +17,9 @@ import pytest
 
 from raylm.errors import InputError, OutputError
 from raylm.inference.chunks import plan_chunks, result_schema
-from raylm.inference.convert import PREPARED_ROWS
 from raylm.inference.io import InputTable, choose_column, list_inputs, open_table, read_texts
 from raylm.inference.output import write_output
+from raylm.inference.prepare import PREPARED_ROWS
 from raylm.storage import StoragePath
 from raylm.tasks import TRANSLATE
 
@@ -256,7 +256,9 @@ def test_json_lines_keep_keys_numbers_and_nesting(tmp_path: Path) -> None:
 
 
 def test_json_lines_become_parquet(tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = [{"text": "a", "n": 1, "mixed": 1, "tags": [], "none": {}} for _ in range(PREPARED_ROWS)]
+    rows: list[dict[str, Any]] = [
+        {"text": "a", "n": 1, "mixed": 1, "tags": [], "none": {}} for _ in range(PREPARED_ROWS)
+    ]
     rows += [{"text": "b\ud800", "n": 2.5, "mixed": "x", "tags": ["t"], "late": True}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = pq.read_table(written(opened(tmp_path / "a.jsonl", tmp_path), tmp_path / "o.parquet", "parquet"))
@@ -271,9 +273,7 @@ def test_csv_comes_back_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("\ufeff" + content)
     out = written(opened(tmp_path / "a.csv", tmp_path), tmp_path / "o.csv", "csv").read_text()
     assert out == (
-        "id,text,rate,translation,error,truncated\n"
-        '007,"Hello, ""you""",1.50,0,,false\n'
-        '008,"two\nlines",,1,,false\n'
+        'id,text,rate,translation,error,truncated\n007,"Hello, ""you""",1.50,0,,false\n008,"two\nlines",,1,,false\n'
     )
 
 
@@ -296,7 +296,7 @@ def test_a_failed_output_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     schema = result_schema(TRANSLATE)
     empty = pa.record_batch([pa.array([], field.type) for field in schema], schema)
-    with pytest.raises(Exception):  # noqa: B017, PT011 - answers for no row at all
+    with pytest.raises(ValueError, match="3 rows have no answers"):
         write_output(table, 3, iter([empty]), StoragePath(str(tmp_path / "out" / "o.parquet")), "parquet")
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -1,0 +1,129 @@
+"""Who answers a job's chunks: engine actors under Ray Data, or the replicas of the running service."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from raylm.errors import RaylmError
+from raylm.inference.chunks import Chunk, Job, answer_chunk
+from raylm.inference.engines import Decode, Engine
+from raylm.inference.model import ModelInfo
+from raylm.inference.quarantine import Tries
+from raylm.settings import DecodeSettings
+
+_MOST_BLOCKS = 2_000
+REQUESTS = 8
+"""Chunks that are with the service at once: enough for its replicas never to wait."""
+
+# ---------------------------------------------------------------------------------- on engine actors
+
+
+class ChunkWorker:
+    """An actor of Ray Data that answers chunks; it loads its engine with the first one.
+
+    What the user can mend comes back as a row with `failure`, so that it is told without Ray's stack traces.
+    """
+
+    def __init__(self, job: Job, model: str, decode: DecodeSettings, device: Literal["cpu", "cuda"]) -> None:
+        self._job, self._model, self._decode, self._device = job, model, decode, device
+        self._engine: Engine | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        counts: dict[str, Any] = {"rows": 0, "errors": 0, "output_tokens": 0, "failure": "", "reason": ""}
+        try:
+            chunk = self._job.chunks[int(batch["chunk"][0])]
+            tries = Tries.note_one(self._job.tries(chunk))
+            if self._engine is None:
+                self._engine = Engine(ModelInfo.load(self._model), self._decode, self._device, threads=1)
+            counts |= answer_chunk(self._job, chunk, self._engine.decode, tries)
+        except RaylmError as error:
+            counts |= {"failure": type(error).__name__, "reason": str(error)}
+        return {name: [value] for name, value in counts.items()}
+
+
+def plan_workers(wanted: int | Literal["auto"], chunks: int) -> tuple[int, Literal["cpu", "cuda"]]:
+    """How many engine actors, and what each computes on."""
+    import ray
+
+    resources = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    most = (gpus or max(cpus, 1)) if wanted == "auto" else wanted
+    return min(most, chunks), "cuda" if gpus else "cpu"
+
+
+def answer_on_actors(
+    job: Job,
+    left: list[Chunk],
+    model: str,
+    decode: DecodeSettings,
+    workers: int,
+    device: Literal["cpu", "cuda"],
+) -> Iterator[dict[str, Any]]:
+    """Counts of each chunk as it gets done. A killed worker is replaced, and its chunk done again."""
+    import ray.data
+    import ray.exceptions
+
+    numbers = {chunk: number for number, chunk in enumerate(job.chunks)}
+    with _quiet_ray_data():
+        chunks = ray.data.from_items(
+            [{"chunk": numbers[chunk]} for chunk in left], override_num_blocks=min(len(left), _MOST_BLOCKS)
+        )
+        answered = chunks.map_batches(
+            ChunkWorker,
+            batch_size=1,
+            batch_format="numpy",
+            zero_copy_batch=True,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            fn_constructor_args=(job, model, decode, device),
+            num_cpus=1,
+            num_gpus=1 if device == "cuda" else None,
+        )
+        try:
+            yield from answered.iter_rows()
+        except ray.exceptions.RayError as error:
+            cause = " ".join(str(error.__cause__ or error).split())
+            raise RaylmError(
+                f"batch-{job.task_name}: a worker failed: {cause[-400:]};"
+                " what is done is kept, the same command goes on from there"
+            ) from error
+
+
+@contextmanager
+def _quiet_ray_data() -> Iterator[None]:
+    """Ray Data without its own progress bars and notices, for the datasets made inside."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.enable_auto_log_stats = False
+    loggers = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    for name, level in loggers.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        with DataContext.current(context):
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+# ------------------------------------------------------------------------------- through the service
+
+
+def answer_through_service(job: Job, left: list[Chunk], decode: Decode) -> Iterator[dict[str, Any]]:
+    """Counts of each chunk as it gets done by the service's replicas; rows are read and parts written here."""
+
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        futures = [pool.submit(answer_chunk, job, chunk, decode) for chunk in left]
+        try:
+            for future in as_completed(futures):
+                yield dict(future.result())
+        finally:
+            for future in futures:
+                future.cancel()
