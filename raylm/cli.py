@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -180,9 +180,12 @@ def batch_summarize(settings: Settings, **arguments: Any) -> None:
 def _batch(settings: Settings, task: Task, input_path: str, model: str | None, as_json: bool, **arguments: Any) -> None:
     from raylm.inference.batch import run_batch
 
-    with ray_session():
-        chosen = model or settings_module.model_directory(settings)
-        _print(run_batch(settings, task, input_path, model=chosen, **arguments), as_json)
+    with ExitStack() as stack:
+        session = ray_session(join=arguments["through"] == "serve")
+        manifest = run_batch(
+            settings, task, input_path, model=model, connect=lambda: stack.enter_context(session), **arguments
+        )
+        _print(manifest, as_json)
 
 
 @main.command()
@@ -243,17 +246,27 @@ def show(settings: Settings) -> None:
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
-    """A connection to the running Ray (`$RAY_ADDRESS`, or one of this machine), or to a new local one."""
-    # Ray warns of this in every process; nothing here depends on either behaviour.
+def ray_session(join: bool = False) -> Iterator[None]:
+    """A connection to Ray: that of `$RAY_ADDRESS`, one that `ray start` started here, or a new one of this process.
+
+    :param join: only to a running one, be it that of another raylm command on this machine.
+    :raises RaylmError: there is none to join.
+    """
+    # Lines that tell a person nothing: a notice of Ray in every process, bars, the core worker's log.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     if ray.is_initialized():
         yield
         return
-    ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    address = os.environ.get("RAY_ADDRESS") or ("auto" if join else None)
+    try:
+        ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    except ConnectionError as error:
+        where = f"at {address}" if address != "auto" else "on this machine"
+        raise RaylmError(f"there is no running Ray {where}: {str(error).splitlines()[0]}") from error
     _hush_ray_data()
     try:
         yield

@@ -26,13 +26,19 @@ _COPY_BYTES = 8 << 20
 
 Rows = list[dict[str, Any]]
 
+_LOCAL = fs.LocalFileSystem()
 
-@lru_cache(maxsize=64)
+
 def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     if "://" in uri:
-        filesystem, path = fs.FileSystem.from_uri(uri)
-        return filesystem, path
-    return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+        return _remote_filesystem(uri)
+    return _LOCAL, str(Path(uri).expanduser().absolute())
+
+
+@lru_cache(maxsize=256)
+def _remote_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    filesystem, path = fs.FileSystem.from_uri(uri)
+    return filesystem, path
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Task:
 
         :param to: the target language, for `translate`.
         """
-        if self is SUMMARIZE:
+        if self == SUMMARIZE:
             return SUMMARY_TOKEN
         if not to:
             raise ValueError("translate needs a target language, such as 'de'")

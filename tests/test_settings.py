@@ -43,7 +43,9 @@ def test_overlays_then_overrides_win(cluster_file: Path, tmp_path: Path) -> None
 def test_the_environment_then_the_head_nodes_file_are_found(
     cluster_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settings, "BOOTSTRAP_CONFIG", _write(tmp_path / "ray_bootstrap_config.yaml", {"storage": "/head"}))
+    monkeypatch.setattr(
+        settings, "BOOTSTRAP_CONFIG", _write(tmp_path / "ray_bootstrap_config.yaml", {"storage": "/head"})
+    )
     assert settings.load().storage == "/head"
     monkeypatch.setenv("RAYLM_CLUSTER", str(cluster_file))
     assert settings.load().storage == "/data"

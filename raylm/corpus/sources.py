@@ -296,7 +296,7 @@ def _csv_rows(file: StoragePath, start: int, stop: int, columns: list[str]) -> I
 
 def _lines(file: StoragePath, start: int, stop: int) -> Iterator[bytes]:
     """The lines that begin in a range of bytes, the last one to its end."""
-    with file.open_input() as stream:
+    with io.BufferedReader(file.open_input()) as stream:
         position = max(start - 1, 0)
         stream.seek(position)
         if start:

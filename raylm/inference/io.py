@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from raylm.errors import InputError
-from raylm.inference.prepare import PREPARED_ROWS, prepare
+from raylm.inference.tabular import PREPARED_ROWS, prepare
 from raylm.storage import StoragePath, find_files
 
 Format = Literal["parquet", "jsonl", "csv"]

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raylm.inference.io import Format, InputTable, read_rows
-from raylm.inference.prepare import typed_rows, unmarked
+from raylm.inference.tabular import typed_rows, unmarked
 from raylm.storage import StoragePath
 
 _GROUP_ROWS = 65_536

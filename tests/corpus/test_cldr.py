@@ -10,7 +10,8 @@ import pytest
 from babel import Locale, lists
 
 from raylm.corpus import cldr
-from raylm.corpus.cldr import KINDS, CldrPair, check_language, is_test_combination, is_test_value, pair, pairs
+from raylm.corpus.cldr import CldrPair, check_language, is_test_combination, is_test_value, pair, pairs
+from raylm.corpus.cldr_kinds import KINDS, join
 
 LANGUAGES = ("de", "fr", "es", "zh", "ja", "ru", "ar", "hi", "sw", "pt-BR", "zh_Hant", "he")
 WORD = re.compile(r"[^\W\d_]+")
@@ -38,9 +39,7 @@ def test_the_same_row_in_a_process_with_another_hash_seed() -> None:
         "print(*(ascii(row) for to in ('de', 'ar') for row in pairs(to, 5, 0, 200)), sep='\\n')"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "77", "LANG": "fr_FR.UTF-8", "LC_ALL": "fr_FR.UTF-8"}
-    other = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-    )
+    other = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     here = [ascii(row) for to in ("de", "ar") for row in pairs(to, 5, 0, 200)]
     assert other.stdout.splitlines() == here
 
@@ -57,9 +56,7 @@ def test_both_sides_have_text_without_raw_codes(to: str) -> None:
     rows = list(pairs(to, 1, 0, 1500))
     assert all(row.source.strip() and row.target.strip() for row in rows)
     assert max(len(row.source) for row in rows) <= cldr.MAX_SOURCE_CHARS
-    raw = re.compile(
-        r"(duration|length|mass|volume|area|digital|concentr|pressure)-[a-z]|\{\d|\bM\d\d\b|None"
-    )
+    raw = re.compile(r"(duration|length|mass|volume|area|digital|concentr|pressure)-[a-z]|\{\d|\bM\d\d\b|None")
     assert not [row for row in rows if raw.search(row.source) or raw.search(row.target)]
     assert sum(row.source == row.target for row in rows) < 0.1 * len(rows)  # rare names
     assert {kind for row in rows for kind in row.kinds} >= set(KINDS) - {"scientific", "time_interval"}
@@ -71,7 +68,7 @@ def test_every_fragment_appears_once_in_the_target_list(to: str) -> None:
     for style in ("standard", "or", "unit"):
         for count in (1, 2, 3, 4):
             parts = [f"<{letter}>" for letter in "abcd"[:count]]
-            text = cldr._join(parts, style, locale)
+            text = join(parts, style, locale)
             assert sorted(re.findall("<.>", text)) == parts
 
 
@@ -79,7 +76,7 @@ def test_lists_are_those_of_babel_where_a_locale_states_the_whole_style() -> Non
     for to in ("en", "de", "ja"):
         for count in (2, 3, 4):
             parts = list("wxyz")[:count]
-            assert cldr._join(parts, "or", Locale(to)) == lists.format_list(parts, "or", locale=to)
+            assert join(parts, "or", Locale(to)) == lists.format_list(parts, "or", locale=to)
 
 
 def test_no_source_is_in_both_splits(german: list[CldrPair]) -> None:

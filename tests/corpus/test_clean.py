@@ -39,9 +39,7 @@ def test_result_is_regular(text: str) -> None:
         assert unicodedata.is_normalized("NFC", result)
         assert result == result.strip()
         assert "  " not in result
-        controls = {
-            character for character in result if unicodedata.category(character) in ("Cc", "Zl", "Zp")
-        }
+        controls = {character for character in result if unicodedata.category(character) in ("Cc", "Zl", "Zp")}
         assert controls <= {"\n", "\t"}
         assert "\n\n\n" not in result
     assert "\n" not in clean_line(text) and "\t" not in clean_line(text)

@@ -110,9 +110,7 @@ def test_the_language_reference_is_found() -> None:
     assert sum(len(text) for _, text in docstrings(topics.read_bytes())) > 300_000
 
 
-@pytest.mark.parametrize(
-    "package", ["not_installed_at_all", "torch.nn", "", "no-name", "sys", "made_at_run_time"]
-)
+@pytest.mark.parametrize("package", ["not_installed_at_all", "torch.nn", "", "no-name", "sys", "made_at_run_time"])
 def test_a_package_without_source_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "made_at_run_time", ModuleType("made_at_run_time"))
     with pytest.raises(LookupError, match=f"{package!r} here: `pip install"):
@@ -182,9 +180,7 @@ def test_real_docstrings_make_pairs() -> None:
     pairs = {}
     for name, path in python_files("stdlib"):
         if name.count("/") == 1:
-            pairs.update(
-                {pair: name for _, text in docstrings(path.read_bytes()) if (pair := summary_pair(text))}
-            )
+            pairs.update({pair: name for _, text in docstrings(path.read_bytes()) if (pair := summary_pair(text))})
     assert len(pairs) > 500
     for body, summary in pairs:
         assert 120 <= len(body) <= 1200

@@ -152,7 +152,8 @@ def test_one_and_two_cpus_give_the_same_bytes(tmp_path: Path) -> None:
 import ray, tempfile
 from raylm.corpus.prepare import prepare
 from raylm.settings import load
-ray.init(address="local", num_cpus={cpus}, include_dashboard=False, log_to_driver=False, _temp_dir=tempfile.mkdtemp(dir="/tmp", prefix="raylm-"))
+directory = tempfile.mkdtemp(dir="/tmp", prefix="raylm-")
+ray.init("local", num_cpus={cpus}, include_dashboard=False, log_to_driver=False, _temp_dir=directory)
 prepare(load({str(cluster)!r}))
 """
         subprocess.run(

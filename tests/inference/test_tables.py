@@ -19,7 +19,7 @@ from raylm.errors import InputError, OutputError
 from raylm.inference.chunks import plan_chunks, result_schema
 from raylm.inference.io import InputTable, choose_column, list_inputs, open_table, read_texts
 from raylm.inference.output import write_output
-from raylm.inference.prepare import PREPARED_ROWS
+from raylm.inference.tabular import PREPARED_ROWS
 from raylm.storage import StoragePath
 from raylm.tasks import TRANSLATE
 

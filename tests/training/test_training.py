@@ -50,8 +50,14 @@ def test_zero_stages_and_worker_counts_give_the_same_losses(small_settings: Sett
     for workers in (1, 2):
         for stage in (0, 1, 2, 3):
             training = small_settings.pretrain.model_copy(
-                update={"zero_stage": stage, "log_every": 1, "steps": 10, "learning_rate": 1e-3, "warmup_steps": 4,
-                        "checkpoint_every": 10}
+                update={
+                    "zero_stage": stage,
+                    "log_every": 1,
+                    "steps": 10,
+                    "learning_rate": 1e-3,
+                    "warmup_steps": 4,
+                    "checkpoint_every": 10,
+                }
             )
             run = str(root / f"zero{stage}-{workers}")
             jobs[workers].append(TrainingJob(training, small_settings.model, run, str(corpus), str(model), None))
@@ -160,7 +166,14 @@ def test_every_family_learns_by_its_objective(
         changed(
             small_settings,
             model={"family": family, "config": small},
-            pretrain={"name": family, "workers": 1, "steps": 20, "log_every": 1, "learning_rate": 5e-3, "zero_stage": 0},
+            pretrain={
+                "name": family,
+                "workers": 1,
+                "steps": 20,
+                "log_every": 1,
+                "learning_rate": 5e-3,
+                "zero_stage": 0,
+            },
         )
     )
     found = losses(run_directory(small_settings, family))
