@@ -61,7 +61,7 @@ def build_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerFast) ->
                 "activation_dropout": 0.0,
                 "share_encoder_decoder_embeddings": True,
                 "tie_word_embeddings": True,
-                "init_std": 0.02,
+                "init_std": 0.04,
                 "decoder_start_token_id": tokenizer.pad_token_id,
                 "forced_eos_token_id": None,
             },

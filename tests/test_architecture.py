@@ -86,6 +86,7 @@ def test_only_the_command_line_starts_ray() -> None:
 
 @pytest.mark.parametrize("statement", ["import raylm", "import raylm.cli", "import raylm.report"])
 def test_imports_stay_light(statement: str) -> None:
-    code = f"import sys; {statement}; print([m for m in ('torch', 'ray', 'transformers', 'deepspeed') if m in sys.modules])"
+    heavy = ("torch", "ray", "transformers", "deepspeed")
+    code = f"import sys; {statement}; print([name for name in {heavy} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -259,5 +259,7 @@ def objective_for(wanted: str, shape: Architecture) -> str:
     if wanted == "auto":
         return natural
     if wanted not in fitting:
-        raise SettingsError(f"objective '{wanted}' does not fit a model that is an {shape}; use '{natural}'")
+        raise SettingsError(
+            f"objective '{wanted}' does not fit {'a' if shape == 'decoder' else 'an'} {shape}; use '{natural}'"
+        )
     return wanted

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from raylm.settings import PretrainSettings
@@ -18,7 +20,7 @@ def test_every_schedule_warms_up_to_its_peak_and_never_rises_again(schedule: str
     rates = _rates(schedule)
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == pytest.approx(1.0)
-    assert all(after <= before + 1e-12 for before, after in zip(rates[9:], rates[10:], strict=False))
+    assert all(after <= before + 1e-12 for before, after in pairwise(rates[9:]))
     assert min(rates[10:]) >= 0.1 - 1e-9
 
 
