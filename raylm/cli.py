@@ -252,10 +252,8 @@ def ray_session(join: bool = False) -> Iterator[None]:
     :param join: only to a running one, be it that of another raylm command on this machine.
     :raises RaylmError: there is none to join.
     """
-    # Lines that tell a person nothing: a notice of Ray in every process, bars, the core worker's log.
+    # Ray warns of this in every process; nothing here depends on either behaviour.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     if ray.is_initialized():

@@ -235,6 +235,8 @@ class PretrainSettings(TrainingSettings):
     """Share of tokens that `denoise` and `masked` hide."""
     mean_span_tokens: float = Field(default=3.0, ge=1)
     """Mean length of a hidden span, for `denoise`."""
+    denoise_target: Literal["text", "spans"] = "text"
+    """What `denoise` writes: the whole text (as BART, learned soonest) or only the hidden spans (as T5, cheaper)."""
 
 
 class FinetuneSettings(TrainingSettings):

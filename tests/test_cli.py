@@ -109,5 +109,16 @@ def test_a_failing_command_exits_with_one_and_no_trace(tmp_path: Path, environme
     assert "Traceback" not in found.stderr
 
 
+@pytest.mark.parametrize("command", ["prepare", "pretrain", "finetune"])
+def test_a_storage_that_cannot_be_written_is_one_line(tmp_path: Path, ray_cluster: None, command: str) -> None:
+    (tmp_path / "file").write_text("")
+    corpus = "corpus={documents: [{type: docstrings, packages: [email]}], tokenizer: {vocab_size: 600}}"
+    result = run(command, "--set", f"storage={tmp_path}/file/below", "--set", corpus)
+    assert result.exit_code == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"raylm: error: cannot write {tmp_path}/file/below")
+    assert last.endswith(("Not a directory", "File exists"))
+
+
 if __name__ == "__main__":
     FROZEN.write_text(json.dumps(interface(), indent=1, ensure_ascii=False) + "\n")

@@ -66,6 +66,9 @@ def test_the_readmes_commands_run(small_settings: Settings, tmp_path: Path) -> N
         ran += 1
     assert ran > 8
     assert (tmp_path / "raylm" / "report.html").exists()
+    assert (tmp_path / "quickstart" / "report.html").exists()
+    for task in ("translate.translated", "summarize.summarized"):
+        assert pq.read_metadata(tmp_path / "quickstart" / "batch" / f"{task}.parquet").num_rows > 10
     translated = pq.read_table(tmp_path / "input.translated.parquet").to_pylist()
     assert [row["id"] for row in translated] == [0, 1, 2, 3]
     assert all((row["translation"] is None) != (row["error"] is None) for row in translated)

@@ -12,7 +12,7 @@ import numpy as np
 
 from raylm.errors import TrainingError
 from raylm.metrics import perplexity
-from raylm.settings import FinetuneSettings, ModelSettings, PretrainSettings
+from raylm.settings import FinetuneSettings, PretrainSettings
 from raylm.storage import StoragePath
 from raylm.tasks import TASKS
 from raylm.training import checkpoint as checkpoints
@@ -47,7 +47,6 @@ class TrainingJob:
     """
 
     settings: PretrainSettings | FinetuneSettings
-    model_settings: ModelSettings
     run: str
     tokens: str
     model: str
@@ -202,6 +201,7 @@ def open_split(job: TrainingJob, split: str, config: PretrainedConfig, tokenizer
         settings.seed,
         settings.noise_density,
         settings.mean_span_tokens,
+        settings.denoise_target,
     )
     return Split(PackedOrder(len(shards), sequences, settings.seed), source)
 

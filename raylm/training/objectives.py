@@ -89,8 +89,9 @@ class PackedDocuments:
         seed: int,
         noise_density: float,
         mean_span_tokens: float,
+        denoise_target: str = "text",
     ) -> None:
-        self._objective = objective
+        self._objective, self._denoise_target = objective, denoise_target
         self._input_ids, self._document_lengths = input_ids, document_lengths
         self._vocabulary, self._seed = vocabulary, seed
         self._noise_density, self._mean_span_tokens = noise_density, mean_span_tokens
@@ -125,7 +126,10 @@ class PackedDocuments:
         for row, generator in zip(rows, generators, strict=True):
             row = row[row != vocabulary.pad]
             noise = span_mask(len(row), self._noise_density, self._mean_span_tokens, generator)
-            source, target = corrupt_spans(row, noise, vocabulary.sentinels, vocabulary.end)
+            if self._denoise_target == "text":
+                source, target = infill_spans(row, noise, vocabulary.mask, vocabulary.end)
+            else:
+                source, target = corrupt_spans(row, noise, vocabulary.sentinels, vocabulary.end)
             sources.append(source)
             targets.append(target)
         return seq2seq_batch(sources, targets, vocabulary)
@@ -205,6 +209,17 @@ def corrupt_spans(
     positions = np.flatnonzero(noise)
     target = np.insert(tokens[positions], np.searchsorted(positions, np.flatnonzero(starts)), marks[starts])
     return np.append(source, end), np.append(target, end)
+
+
+def infill_spans(tokens: Tokens, noise: NDArray[np.bool_], mask: int, end: int) -> tuple[Tokens, Tokens]:
+    """The text with one mask for each hidden span, and the whole text: BART's infilling (Lewis et al. 2020).
+
+    `a b C D e` becomes `a b <mask> e </s>` and `a b C D e </s>`. Most of the target can be copied, which teaches
+    the decoder to look at the encoder within minutes.
+    """
+    starts = noise & ~np.concatenate([[False], noise[:-1]])
+    source = np.where(starts, mask, tokens)[~noise | starts]
+    return np.append(source, end), np.append(tokens, end)
 
 
 def seq2seq_batch(sources: list[Tokens], targets: list[Tokens], vocabulary: Vocabulary) -> MicroBatch:

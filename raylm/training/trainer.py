@@ -13,7 +13,7 @@ from raylm import models
 from raylm.errors import ArtifactError, RaylmError, TrainingError
 from raylm.progress import Progress, note
 from raylm.settings import FinetuneSettings, PretrainSettings, Settings, differences
-from raylm.storage import Manifest, Stopwatch, StoragePath
+from raylm.storage import Manifest, Stopwatch, StoragePath, fingerprint
 from raylm.training import checkpoint as checkpoints
 from raylm.training.loop import TrainingJob, read_metrics, train_worker
 from raylm.training.objectives import objective_for
@@ -50,12 +50,7 @@ def pretrain(settings: Settings) -> Manifest:
 
     :raises RaylmError: no prepared corpus, settings that contradict the run's, too few machines, a diverged loss.
     """
-    tokens = prepared_corpus(settings)
-    if settings.model.start_from:
-        model, start = settings.model.start_from, settings.model.start_from
-    else:
-        model, start = str(tokens / "tokenizer"), None
-    return _run(settings, settings.pretrain, tokens, model, start)
+    return _run(settings, settings.pretrain, parent=None)
 
 
 def finetune(settings: Settings) -> Manifest:
@@ -63,22 +58,14 @@ def finetune(settings: Settings) -> Manifest:
 
     :raises RaylmError: as `pretrain`, and where there is no pretraining run to start from.
     """
-    tokens = prepared_corpus(settings)
     if settings.finetune.start == "scratch":
-        start = settings.model.start_from
-        return _run(settings, settings.finetune, tokens, start or str(tokens / "tokenizer"), start)
-    run = run_directory(settings, settings.pretrain.name)
-    if Manifest.read(run) is None:
+        return _run(settings, settings.finetune, parent=None)
+    parent = run_directory(settings, settings.pretrain.name)
+    if Manifest.read(parent) is None:
         raise ArtifactError(
-            f"run {run}: pretraining has not finished; run `raylm pretrain`, or set finetune.start=scratch"
+            f"run {parent}: pretraining has not finished; run `raylm pretrain`, or set finetune.start=scratch"
         )
-    with tempfile.TemporaryDirectory(prefix="raylm-start-") as local:
-        # Workers on other machines read it from storage.
-        start_at = run_directory(settings, settings.finetune.name) / "start"
-        save_model(run, Path(local))
-        for file in sorted(Path(local).iterdir()):
-            (start_at / file.name).upload(file)
-        return _run(settings, settings.finetune, tokens, str(start_at), str(start_at))
+    return _run(settings, settings.finetune, parent)
 
 
 def prepared_corpus(settings: Settings) -> StoragePath:
@@ -131,7 +118,10 @@ def load_trained(run: StoragePath) -> tuple[PreTrainedModel, checkpoints.Checkpo
 
 def save_model(run: StoragePath, directory: Path) -> checkpoints.Checkpoint:
     """Write a run's best checkpoint in Hugging Face layout: weights, config, tokenizer."""
+    from transformers.utils import logging
+
     model, best = load_trained(run)
+    logging.disable_progress_bar()  # for a file that is written in a second
     model.save_pretrained(directory)
     for file, _ in (run / MODEL).list():
         if file.name != "config.json":
@@ -142,29 +132,28 @@ def save_model(run: StoragePath, directory: Path) -> checkpoints.Checkpoint:
 # ------------------------------------------------------------------------------------------- the run
 
 
-def _run(
-    settings: Settings,
-    training: PretrainSettings | FinetuneSettings,
-    tokens: StoragePath,
-    model: str,
-    start: str | None,
-) -> Manifest:
+def _run(settings: Settings, training: PretrainSettings | FinetuneSettings, parent: StoragePath | None) -> Manifest:
+    """Train to the end, unless that has been done.
+
+    :param parent: the run whose best checkpoint to start from; None starts from `model.start_from`, or afresh.
+    """
     stage = "pretrain" if isinstance(training, PretrainSettings) else "finetune"
+    tokens = prepared_corpus(settings)
     run = run_directory(settings, training.name)
-    earlier = Manifest.read(run)
     workers, use_gpu = _workers(training)
     training = training.model_copy(update={"workers": workers})
-    _claim(run, settings, training, tokens)
+    _claim(run, settings, training, tokens, parent)
+    earlier = Manifest.read(run)
     if earlier and earlier.metrics["step"] >= training.steps:
         note(f"{stage}: {run} has {earlier.metrics['step']} steps already")
         return earlier
 
+    start = _publish_start(run, parent) if parent else settings.model.start_from
     job = TrainingJob(
         settings=training,
-        model_settings=settings.model,
-        run=run.uri if not run.is_local else str(run),
+        run=str(run),
         tokens=str(tokens),
-        model=_publish_model_files(run, settings, training, model),
+        model=_publish_model_files(run, settings, training, start or str(tokens / "tokenizer")),
         start=start,
     )
     stopwatch = Stopwatch()
@@ -176,7 +165,7 @@ def _run(
     manifest = Manifest(
         stage=stage,
         settings={"model": settings.model.model_dump(mode="json"), stage: training.model_dump(mode="json")},
-        inputs={"tokens": str(tokens), "start": start},
+        inputs={"tokens": str(tokens), "start": str(parent) if parent else start},
         outputs=[{"name": f"checkpoints/{c.directory.name}"} for c in checkpoints.checkpoints(run)],
         metrics={
             "step": training.steps,
@@ -194,7 +183,11 @@ def _run(
 
 
 def _claim(
-    run: StoragePath, settings: Settings, training: PretrainSettings | FinetuneSettings, tokens: StoragePath
+    run: StoragePath,
+    settings: Settings,
+    training: PretrainSettings | FinetuneSettings,
+    tokens: StoragePath,
+    parent: StoragePath | None,
 ) -> None:
     """Note what the run is started with, or hold it against what it was started with before.
 
@@ -204,24 +197,36 @@ def _claim(
     fixed = {
         "model": settings.model.model_dump(mode="json", exclude={"name"}),
         "training": training.model_dump(mode="json", exclude=_FREE),
-        "corpus": {entry["name"]: entry["xxh3_128"] for entry in corpus.outputs} if corpus else {},
+        "corpus": fingerprint(corpus.outputs) if corpus else None,
+        "start": fingerprint(checkpoints.best(parent).manifest.outputs) if parent else None,
     }
     file = run / RUN_FILE
     if not file.is_file():
         file.write_json(fixed)
         return
     before = file.read_json()
-    if before.get("corpus") != fixed["corpus"]:
-        raise TrainingError(
-            f"run {run}: was started on another preparation of corpus {tokens.name}; "
-            f"choose another run name, or remove {run}"
-        )
+    for key, what in (
+        ("corpus", f"another preparation of corpus {tokens.name}"),
+        ("start", f"other weights of {parent}"),
+    ):
+        if before.get(key) != fixed[key]:
+            raise TrainingError(f"run {run}: was started on {what}; choose another run name, or remove {run}")
     changed = list(differences(before, fixed))
     if changed:
         raise TrainingError(
             f"run {run}: was started with other settings ({'; '.join(changed[:3])}); "
             f"choose another run name, or remove {run}"
         )
+
+
+def _publish_start(run: StoragePath, parent: StoragePath) -> str:
+    """Put the weights of the parent's best checkpoint below the run, for workers on any machine to read."""
+    target = run / "start"
+    with tempfile.TemporaryDirectory(prefix="raylm-start-") as local:
+        save_model(parent, Path(local))
+        for file in sorted(Path(local).iterdir()):
+            (target / file.name).upload(file)
+    return str(target)
 
 
 def _publish_model_files(

@@ -11,6 +11,7 @@ from raylm.training.objectives import (
     Vocabulary,
     corrupt_spans,
     document_mask,
+    infill_spans,
     objective_for,
     seq2seq_batch,
     span_mask,
@@ -54,6 +55,13 @@ def test_corruption_is_what_the_docstring_says() -> None:
     source, target = corrupt_spans(np.asarray([50, 51, 52, 53, 54]), noise, (4, 5), 2)
     assert source.tolist() == [50, 51, 4, 54, 2]
     assert target.tolist() == [4, 52, 53, 2]
+
+
+def test_infilling_is_what_the_docstring_says() -> None:
+    noise = np.asarray([False, False, True, True, False])
+    source, target = infill_spans(np.asarray([50, 51, 52, 53, 54]), noise, mask=3, end=2)
+    assert source.tolist() == [50, 51, 3, 54, 2]
+    assert target.tolist() == [50, 51, 52, 53, 54, 2]
 
 
 def test_the_decoder_reads_labels_shifted_right() -> None:

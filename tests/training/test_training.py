@@ -59,7 +59,7 @@ def test_zero_stages_and_worker_counts_give_the_same_losses(small_settings: Sett
                 }
             )
             run = str(root / f"zero{stage}-{workers}")
-            jobs[workers].append(TrainingJob(training, small_settings.model, run, str(corpus), str(model), None))
+            jobs[workers].append(TrainingJob(training, run, str(corpus), str(model), None))
 
     def train_all(config: dict[str, Any]) -> None:
         from raylm.training.loop import train_worker
