@@ -29,7 +29,7 @@ class Progress:
         self._skipped = 0.0
         self._detail = ""
         self._start = time.monotonic()
-        self._printed = self._start if total else 0.0
+        self._printed = self._start
 
     def __enter__(self) -> Progress:
         return self

@@ -299,7 +299,7 @@ class ServeSettings(Section):
     """The most texts of concurrent requests that are decoded together."""
     batch_wait_s: float = Field(default=0.01, ge=0)
     max_queued_requests: int = Field(default=256, ge=1)
-    """Requests beyond this wait nowhere: they are answered 503 at once."""
+    """Requests beyond this wait nowhere: they are answered 429 at once."""
     max_request_texts: int = Field(default=1_024, ge=1)
 
 
@@ -328,7 +328,7 @@ def model_directory(settings: Settings) -> str:
 def packaged_cluster_file() -> Path:
     """The `clusters/local.yaml` that belongs to this installation or checkout."""
     here = Path(__file__).parent
-    installed = here / "cluster" / "local.yaml"
+    installed = here / "local.yaml"
     return installed if installed.exists() else here.parent / "clusters" / "local.yaml"
 
 

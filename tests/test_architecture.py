@@ -17,7 +17,7 @@ FLOORS = [
     {"settings", "storage", "progress"},
     {"tasks", "models", "metrics"},
     {"summary"},
-    {"corpus", "training", "inference", "cluster", "report"},
+    {"corpus", "training", "inference", "report"},
     {"quickstart"},
     {"cli"},
     {"__main__"},

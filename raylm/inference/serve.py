@@ -130,7 +130,7 @@ class Service:
         except ArtifactError as error:
             raise HTTPException(400, str(error)) from error
         if self._open_requests >= self._settings.max_queued_requests:
-            raise HTTPException(503, "too many requests are waiting", headers={"Retry-After": _RETRY_AFTER_S})
+            raise HTTPException(429, "too many requests are waiting", headers={"Retry-After": _RETRY_AFTER_S})
         self._open_requests += 1
         try:
             outputs: list[Output] = await self._decode_together((task, texts, prompt_token))

@@ -97,7 +97,7 @@ def load_trained(run: StoragePath) -> tuple[PreTrainedModel, checkpoints.Checkpo
         config = models.load_config(local_model)
     local = best.localize()
     try:
-        weights = whole_weights(local)
+        weights = whole_weights(local, best.manifest.settings["zero_stage"])
     finally:
         if not best.directory.is_local:
             shutil.rmtree(local, ignore_errors=True)

@@ -110,20 +110,22 @@ def build_engine(
     return engine
 
 
-def whole_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+def whole_weights(checkpoint: Path, zero_stage: int) -> dict[str, torch.Tensor]:
     """The fp32 weights of a saved engine, put together from all ranks' shards.
 
     :param checkpoint: a local directory that `engine.save_checkpoint(…, tag="zero")` wrote.
+    :param zero_stage: the stage it was trained under; 0 shards nothing, so its module's own state is whole.
     """
     import torch
 
     _deepspeed()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    if list((checkpoint / "zero").glob("*optim_states.pt")):
-        silence = io.StringIO()  # it prints what it does, line by line
-        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-            return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="zero"))
-    # Stage 0 in fp32 shards nothing: the module's own state is whole.
-    state = torch.load(checkpoint / "zero" / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-    return {name: tensor.float() for name, tensor in state["module"].items()}
+    if zero_stage == 0:
+        file = checkpoint / "zero" / "mp_rank_00_model_states.pt"
+        # DeepSpeed's own format; the caller has held the file against its manifest.
+        state = torch.load(file, map_location="cpu", weights_only=False)
+        return {name: tensor.float() for name, tensor in state["module"].items()}
+    silence = io.StringIO()  # it prints what it does, line by line
+    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="zero"))

@@ -1,1 +1,0 @@
-"""The cluster file: where settings live and what the machines can carry."""
