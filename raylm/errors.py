@@ -23,3 +23,14 @@ class OutputError(RaylmError):
 
 class TrainingError(RaylmError):
     """Training cannot start or go on: too few workers, a diverged loss, a failed worker group."""
+
+
+def to_plain(error: RaylmError) -> dict[str, str]:
+    """An error as plain data: what Ray carries between processes wraps errors beyond recognition."""
+    return {"failure": type(error).__name__, "reason": str(error)}
+
+
+def from_plain(row: dict[str, str]) -> RaylmError:
+    """The error that `to_plain` made data of."""
+    kinds = {kind.__name__: kind for kind in (RaylmError, *RaylmError.__subclasses__())}
+    return kinds[row["failure"]](row["reason"])

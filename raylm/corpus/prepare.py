@@ -25,7 +25,7 @@ from raylm.corpus.filters import reject_document, reject_pair
 from raylm.corpus.pack import pack, token_type
 from raylm.corpus.sources import Document, Pair, Record, Rejected, Split, Unit, plan_units, read_unit
 from raylm.corpus.tokenizer import save_tokenizer, text_encoder, train_tokenizer
-from raylm.errors import InputError, RaylmError
+from raylm.errors import InputError, RaylmError, from_plain, to_plain
 from raylm.models import MAX_POSITIONS, load_tokenizer
 from raylm.progress import Progress, note
 from raylm.settings import CorpusSettings, Settings
@@ -114,12 +114,12 @@ class CleanedUnit:
 def _clean_units(plan: Plan, units: list[Unit]) -> list[CleanedUnit]:
     total = sum(unit.bytes for unit in units) / 1e6
     by_file: dict[str, CleanedUnit] = {}
-    items = [{"unit": json.dumps(asdict(unit))} for unit in units]
+    items = [asdict(unit) for unit in units]
     with Progress("prepare: clean", total, "MB") as progress:
         done = 0.0
         counts: Counter[str] = Counter()
-        for row in _mapped(items, lambda item: _clean_unit(plan, Unit(**json.loads(item["unit"])))):
-            by_file[row["file"]] = CleanedUnit(row["file"], json.loads(row["counts"]))
+        for row in _mapped(items, lambda item: _clean_unit(plan, Unit(**item))):
+            by_file[row["file"]] = CleanedUnit(row["file"], row["counts"])
             counts.update(by_file[row["file"]].counts)
             done += row["bytes"] / 1e6
             progress.update(done, f"{counts['kept']:,} kept of {counts['read']:,}")
@@ -142,8 +142,8 @@ def _clean_unit(plan: Plan, unit: Unit) -> dict[str, Any]:
                 arrays = [pa.array(values, field.type) for values, field in zip(columns, _CLEANED, strict=True)]
                 writer.write_batch(pa.record_batch(arrays, schema=schema))
     with file.open_input() as stream:
-        counts_text = pa.ipc.open_file(stream).schema.metadata[b"counts"].decode()
-    return {"file": file.name, "counts": counts_text, "bytes": unit.bytes}
+        counted = json.loads(pa.ipc.open_file(stream).schema.metadata[b"counts"])
+    return {"file": file.name, "counts": counted, "bytes": unit.bytes}
 
 
 def cleaned_records(
@@ -263,7 +263,7 @@ def _pack_partitions(plan: Plan, cleaned: list[CleanedUnit]) -> tuple[list[dict[
     items = [{"partition": partition} for partition in range(plan.partitions)]
     with Progress("prepare: pack", plan.partitions, "shards") as progress:
         for done, row in enumerate(_mapped(items, lambda item: _pack_partition(plan, cleaned, item["partition"])), 1):
-            shards += json.loads(row["shards"])
+            shards += row["shards"]
             duplicates += row["duplicates"]
             progress.update(done, f"{sum(shard['tokens'] for shard in shards) / 1e6:,.1f} M tokens")
     return sorted(shards, key=lambda shard: str(shard["name"])), duplicates
@@ -297,7 +297,7 @@ def _pack_partition(plan: Plan, cleaned: list[CleanedUnit], partition: int) -> d
                 table["target_ids"].combine_chunks().values
             )
             shards.append(_write_shard(root, f"pairs/{split}/shard-{partition:05d}.arrow", table, tokens_in))
-    return {"shards": json.dumps(shards), "duplicates": duplicates}
+    return {"shards": shards, "duplicates": duplicates}
 
 
 def tokenized_pairs(pairs: pa.Table, encoder: Any, vocabulary: dict[str, int], end: int, ids: pa.DataType) -> pa.Table:
@@ -370,24 +370,25 @@ def _write_shard(root: StoragePath, name: str, table: pa.Table, tokens: int) -> 
 def _mapped(items: list[dict[str, Any]], work: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """What `work` makes of each item, on the cluster's CPUs, in the order in which results arrive.
 
+    Items and results cross as JSON: Ray Data would make columns of them.
+
     :raises RaylmError: the one that `work` raised.
     """
     import ray
 
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(work, num_cpus=1)
-    try:
-        yield from dataset.iter_rows()
-    except Exception as error:
-        raise (_cause(error) or error) from None
+    def worked(row: dict[str, str]) -> dict[str, str]:
+        try:
+            result = work(json.loads(row["item"]))
+        except RaylmError as error:
+            result = to_plain(error)
+        return {"result": json.dumps(result)}
 
-
-def _cause(error: BaseException | None) -> RaylmError | None:
-    """The error of ours behind those that Ray wraps around it."""
-    while error is not None:
-        if isinstance(error, RaylmError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
+    rows = [{"item": json.dumps(item)} for item in items]
+    for row in ray.data.from_items(rows, override_num_blocks=len(rows)).map(worked, num_cpus=1).iter_rows():
+        result = json.loads(row["result"])
+        if "failure" in result:
+            raise from_plain(result)
+        yield result
 
 
 def _key(corpus: CorpusSettings, start_from: str | None, units: list[Unit]) -> str:

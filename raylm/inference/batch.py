@@ -138,7 +138,7 @@ def _follow(job: Job, left: list[Chunk], done: Iterator[dict[str, Any]]) -> None
         progress.resume_at(rows)
         for counts in done:
             if counts.get("failure"):
-                raise getattr(errors, counts["failure"])(counts["reason"])
+                raise errors.from_plain(counts)
             rows += counts["rows"]
             failed += counts["errors"]
             tokens += counts["output_tokens"]

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from raylm.errors import RaylmError
+from raylm.errors import RaylmError, to_plain
 from raylm.inference.chunks import Chunk, Job, answer_chunk
 from raylm.inference.engines import Decode, Engine
 from raylm.inference.model import ModelInfo
@@ -41,7 +41,7 @@ class ChunkWorker:
                 self._engine = Engine(ModelInfo.load(self._model), self._decode, self._device, threads=1)
             counts |= answer_chunk(self._job, chunk, self._engine.decode, tries)
         except RaylmError as error:
-            counts |= {"failure": type(error).__name__, "reason": str(error)}
+            counts |= to_plain(error)
         return {name: [value] for name, value in counts.items()}
 
 

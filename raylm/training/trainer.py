@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -297,12 +300,14 @@ def _fit(job: TrainingJob, workers: int, use_gpu: bool, progress: Progress) -> N
         ),
     )
     failure: BaseException | None = None
-    with _Follower(relay, progress) as follower:
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            failure = error
-    (run / "ray").delete()
+    try:
+        with _Follower(relay, progress) as follower, _interruptible():
+            try:
+                trainer.fit()
+            except TrainingFailedError as error:
+                failure = error
+    finally:
+        (run / "ray").delete()
     if follower.fatal:
         raise TrainingError(follower.fatal)
     if failure is not None:
@@ -310,6 +315,19 @@ def _fit(job: TrainingJob, workers: int, use_gpu: bool, progress: Progress) -> N
         trace.write_bytes(str(failure).encode())
         last = [line.strip() for line in str(failure).splitlines() if line.strip()][-1]
         raise TrainingError(f"run {run}: workers failed: {last} (whole trace: {trace})") from failure
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ray Train answers Ctrl-C by ending the process with 0, and keeps its handler: neither is wanted here."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        raise KeyboardInterrupt from stop
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def _worker(config: dict[str, Any]) -> None:
