@@ -32,5 +32,5 @@ def to_plain(error: RaylmError) -> dict[str, str]:
 
 def from_plain(row: dict[str, str]) -> RaylmError:
     """The error that `to_plain` made data of."""
-    kinds = {kind.__name__: kind for kind in (RaylmError, *RaylmError.__subclasses__())}
-    return kinds[row["failure"]](row["reason"])
+    kinds: list[type[RaylmError]] = [RaylmError, *RaylmError.__subclasses__()]
+    return next(kind for kind in kinds if kind.__name__ == row["failure"])(row["reason"])

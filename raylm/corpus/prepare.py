@@ -128,7 +128,7 @@ def _clean_units(plan: Plan, units: list[Unit]) -> list[CleanedUnit]:
 
 def _clean_unit(plan: Plan, unit: Unit) -> dict[str, Any]:
     """Clean the records of a unit into a file of its own; a file that is there is done."""
-    file = StoragePath(plan.work) / f"unit-{fingerprint([unit.kind, unit.identity])}.arrow"
+    file = StoragePath(plan.work) / f"unit-{fingerprint(asdict(unit))}.arrow"
     if not file.is_file():
         counts: Counter[str] = Counter()
         parts: list[list[tuple[Any, ...]]] = [[] for _ in range(plan.partitions)]

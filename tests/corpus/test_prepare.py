@@ -100,6 +100,26 @@ def test_a_second_run_does_nothing_and_another_setting_makes_all_anew(
     assert len(rows["input_ids"][0]) == 16
 
 
+def test_one_file_may_be_read_in_two_ways(tmp_path: Path, ray_cluster: None) -> None:
+    rows = [
+        {"text": f"A sentence of prose, long enough to keep, number {n}.", "title": f"Number {n}"} for n in range(60)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    source = {"type": "parquet", "path": str(tmp_path / "a.parquet")}
+    values = {
+        "storage": str(tmp_path / "storage"),
+        "corpus": {
+            "documents": [source],
+            "pairs": [{**source, "source": "text", "target": "title", "task": "summarize"}],
+            "tokenizer": {"vocab_size": 600},
+        },
+    }
+    manifest = prepare(Settings.model_validate(values))
+    assert manifest.counts["kept"] == 120
+    assert manifest.counts["rows"]["pairs/train"] > 50
+    assert manifest.counts["rows"]["documents/train"] > 5
+
+
 def test_nothing_left_is_an_error_with_reasons_and_no_artifact(tmp_path: Path, ray_cluster: None) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "short"}\n{"text": "12345"}\n')
     settings = Settings.model_validate(
