@@ -249,17 +249,21 @@ def show(settings: Settings) -> None:
 def ray_session(join: bool = False) -> Iterator[None]:
     """A connection to Ray: that of `$RAY_ADDRESS`, one that `ray start` started here, or a new one of this process.
 
-    :param join: only to a running one, be it that of another raylm command on this machine.
+    :param join: only to a running one: that of `raylm serve` on this machine, or any other.
     :raises RaylmError: there is none to join.
     """
     # Ray warns of this in every process; nothing here depends on either behaviour.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    if join and not address:
+        from raylm.inference.address import noted_service
+
+        address = noted_service() or "auto"
     import ray
 
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS") or ("auto" if join else None)
     try:
         ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     except ConnectionError as error:

@@ -79,10 +79,10 @@ def run_batch(
     call_service = None
     decode = settings.batch.decode
     if through == "serve":
-        from raylm.inference.serve import connect_to_service
-
         if connect:
             connect()
+        from raylm.inference.serve import connect_to_service  # imports Ray, whose environment `connect` may set
+
         info, decode, call_service = connect_to_service(model)
     else:
         info = ModelInfo.load(model or absolute(model_directory(settings)))

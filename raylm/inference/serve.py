@@ -28,6 +28,7 @@ from ray import serve
 
 from raylm import tasks  # the module: a replica gets copies of this module's globals, not the same objects
 from raylm.errors import ArtifactError, RaylmError
+from raylm.inference.address import forget_service, note_service
 from raylm.inference.engines import Engine, Output, answer_texts, compute_type_for
 from raylm.inference.model import ModelInfo, absolute
 from raylm.settings import DecodeSettings, ServeSettings, Settings
@@ -215,11 +216,14 @@ def start_service(settings: Settings, model: str) -> str:
             serve.delete(APPLICATION)
             raise RaylmError(f"the service did not come up: {reason[-400:]}") from error
     shown = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
-    return f"http://{shown}:{port}"
+    url = f"http://{shown}:{port}"
+    note_service(ray.get_runtime_context().gcs_address, url)
+    return url
 
 
 def stop_service() -> None:
     """Take the service down, and Ray Serve with it where nothing else runs on it."""
+    forget_service()
     with _quiet_serve():
         serve.delete(APPLICATION)
         if not serve.status().applications:
