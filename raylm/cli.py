@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -255,6 +257,8 @@ def ray_session(join: bool = False) -> Iterator[None]:
     # Ray warns of this in every process; nothing here depends on either behaviour.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
+    if address in (None, "local"):
+        _use_own_token()
     if join and not address:
         from raylm.inference.address import noted_service
 
@@ -274,6 +278,23 @@ def ray_session(join: bool = False) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _use_own_token() -> None:
+    """Guard a Ray of this machine's user with a token of raylm's own.
+
+    Ray would write one to ~/.ray/auth_token, readable by all, and from then on every `ray start` would ask every
+    `ray job submit` for it. Where that file is there already, or the environment says something, Ray has its way.
+    """
+    said = any(f"RAY_AUTH_{name}" in os.environ for name in ("MODE", "TOKEN", "TOKEN_PATH"))
+    if said or Path("~/.ray/auth_token").expanduser().exists():
+        return
+    token = Path("~/.cache/raylm/ray_token").expanduser()
+    if not token.exists():
+        token.parent.mkdir(parents=True, exist_ok=True)
+        with open(token, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            file.write(secrets.token_hex(32))
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
 
 
 def _hush_ray_data() -> None:

@@ -89,7 +89,13 @@ def small_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
                     "decoder_ffn_dim": 64,
                 }
             },
-            "pretrain": {"steps": 12, "global_batch_tokens": 1_024, "checkpoint_every": 6, "validation_batches": 2},
+            "pretrain": {
+                "steps": 12,
+                "global_batch_tokens": 1_024,
+                "log_every": 1,
+                "checkpoint_every": 6,
+                "validation_batches": 2,
+            },
             "finetune": {
                 "steps": 30,
                 "global_batch_tokens": 2_048,

@@ -93,7 +93,8 @@ def test_help_names_every_command() -> None:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    return os.environ | {"RAY_ADDRESS": "local", "HOME": str(tmp_path)}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return kept | {"RAY_ADDRESS": "local", "HOME": str(tmp_path)}
 
 
 def test_a_failing_command_exits_with_one_and_no_trace(tmp_path: Path, environment: dict[str, str]) -> None:
@@ -107,6 +108,9 @@ def test_a_failing_command_exits_with_one_and_no_trace(tmp_path: Path, environme
     assert found.stdout == ""
     assert found.stderr.strip().splitlines()[-1].startswith("raylm: error: corpus.documents[0].path: absent.parquet")
     assert "Traceback" not in found.stderr
+    # Ray's own token would make every later `ray start` of this person ask for it.
+    assert not (tmp_path / ".ray" / "auth_token").exists()
+    assert (tmp_path / ".cache" / "raylm" / "ray_token").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("command", ["prepare", "pretrain", "finetune"])

@@ -45,11 +45,17 @@ def test_every_stage_has_its_job() -> None:
 
 
 @pytest.fixture
-def dashboard() -> Iterator[str]:
+def environment(tmp_path: Path) -> dict[str, str]:
+    """A shell with the environment of this test activated, of a person who has not talked to any Ray yet."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return kept | {"HOME": str(tmp_path), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
+@pytest.fixture
+def dashboard(environment: dict[str, str]) -> Iterator[str]:
     """The address of a Ray head with a dashboard, started as a person starts one; ended by its process group."""
     ports = [_free_port() for _ in range(3)]
     with tempfile.TemporaryDirectory(prefix="raylm-", dir="/tmp") as directory:
-        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
         head = subprocess.Popen(
             [BIN / "ray", "start", "--head", "--block", f"--port={ports[0]}", f"--dashboard-port={ports[1]}",
              f"--dashboard-agent-listen-port={ports[2]}", f"--temp-dir={directory}", "--num-cpus=4",
@@ -87,7 +93,7 @@ def _wait_for_agent(address: str, head: subprocess.Popen[bytes]) -> None:
 
 
 def test_pretraining_is_submitted_to_a_ray_started_by_hand(
-    dashboard: str, small_settings: Settings, tmp_path: Path
+    dashboard: str, small_settings: Settings, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     values = small_settings.model_dump(mode="json") | {"storage": str(tmp_path / "storage")}
     values["pretrain"] |= {"steps": 4, "checkpoint_every": 4}
@@ -96,8 +102,7 @@ def test_pretraining_is_submitted_to_a_ray_started_by_hand(
     found = subprocess.run(
         [BIN / "ray", "job", "submit", "--address", dashboard, "--working-dir", ".", "--",
          "jobs/pretrain.py", "--cluster", cluster],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False,
-        env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False, env=environment,
     )  # fmt: skip
     assert found.returncode == 0, found.stdout + found.stderr
     assert "succeeded" in found.stdout

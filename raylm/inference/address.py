@@ -7,12 +7,13 @@ import os
 from raylm.inference.model import cache_directory
 from raylm.storage import StoragePath
 
-_AUTHENTICATION = "RAY_AUTH_MODE"
+_AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
 
 
 def note_service(address: str, url: str) -> None:
     """Leave the Ray address of a started service, with the way its cluster wants to be spoken to."""
-    _note().write_json({"ray": address, "url": url, "authentication": os.environ.get(_AUTHENTICATION)})
+    environment = {name: os.environ[name] for name in _AUTHENTICATION if name in os.environ}
+    _note().write_json({"ray": address, "url": url, "environment": environment})
 
 
 def forget_service() -> None:
@@ -28,8 +29,8 @@ def noted_service() -> str | None:
     if not note.is_file():
         return None
     said = note.read_json()
-    if said["authentication"]:
-        os.environ.setdefault(_AUTHENTICATION, said["authentication"])
+    for name, value in said["environment"].items():
+        os.environ.setdefault(name, value)
     return str(said["ray"])
 
 
