@@ -306,7 +306,7 @@ class ServeSettings(Section):
 class Settings(Section):
     """Everything under `metadata.raylm`."""
 
-    storage: str = "~/raylm"
+    storage: str = "~/raylm-storage"
     """Where artifacts live: a local directory on one machine, any pyarrow URI on a cluster."""
     corpus: CorpusSettings = CorpusSettings()
     model: ModelSettings = ModelSettings()
