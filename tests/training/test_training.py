@@ -34,7 +34,7 @@ def losses(run: StoragePath) -> list[float]:
 
 
 def test_zero_stages_and_worker_counts_give_the_same_losses(small_settings: Settings, corpus: StoragePath) -> None:
-    """Stages 0…3 on one and on two workers, from the same initial weights, in fp32: equal to 1e-4."""
+    """Stages 0…3 and accumulated gradients, on one and on two workers, from the same weights, in fp32: to 1e-4."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -60,6 +60,8 @@ def test_zero_stages_and_worker_counts_give_the_same_losses(small_settings: Sett
             )
             run = str(root / f"zero{stage}-{workers}")
             jobs[workers].append(TrainingJob(training, run, str(corpus), str(model), None))
+        accumulating = training.model_copy(update={"micro_batch_tokens": 256})
+        jobs[workers].append(TrainingJob(accumulating, str(root / f"micro-{workers}"), str(corpus), str(model), None))
 
     def train_all(config: dict[str, Any]) -> None:
         from raylm.training.loop import train_worker
@@ -217,3 +219,36 @@ def test_finetune_evaluate_export(small_settings: Settings, pretrained: Manifest
     assert model.get_input_embeddings().weight[tokenizer.pad_token_id].abs().max() == 0
     card = Path(directory, "README.md").read_text()
     assert "| translate-de (20 rows) | chrf |" in card
+
+
+def test_a_model_of_somebody_else_is_the_start(small_settings: Settings, corpus: StoragePath, tmp_path: Path) -> None:
+    """A T5 with a tokenizer of its own, from a directory: corpus, pretraining and fine-tuning take both."""
+    from transformers import AutoTokenizer
+
+    from raylm import models
+    from raylm.corpus.prepare import prepare
+    from raylm.settings import ModelSettings
+
+    other = tmp_path / "other"
+    tokenizer = models.load_tokenizer(str(corpus / "tokenizer"))
+    tokenizer.add_tokens(["quite", "another"])
+    tokenizer.save_pretrained(other)
+    small = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1}
+    config = models.build_config(ModelSettings(family="t5", config=small), tokenizer)
+    models.build_model(config, seed=3).save_pretrained(other)
+
+    settings = changed(
+        small_settings,
+        corpus={"documents": [], "name": "other"},
+        model={"start_from": str(other)},
+        finetune={"start": "scratch", "name": "other", "steps": 12, "log_every": 1, "workers": 1},
+    )
+    prepare(settings)
+    prepared = AutoTokenizer.from_pretrained(f"{settings.storage}/tokens/other/tokenizer")
+    assert prepared.get_vocab() == tokenizer.get_vocab()
+    finetune(settings)
+    run = run_directory(settings, "other")
+    model, _ = load_trained(run)
+    assert model.config.model_type == "t5"
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    assert losses(run)[-1] < losses(run)[0]
