@@ -11,7 +11,7 @@ import difflib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -183,6 +183,9 @@ class ModelSettings(Section):
 class TrainingSettings(Section):
     """What pretraining and fine-tuning share."""
 
+    section: ClassVar[str]
+    """What the section is called in the YAML."""
+
     name: str
     """Names the run: `<storage>/runs/<name>`."""
     steps: int = Field(default=400, ge=1)
@@ -228,6 +231,8 @@ class TrainingSettings(Section):
 class PretrainSettings(TrainingSettings):
     """Self-supervised training on the packed documents."""
 
+    section = "pretrain"
+
     name: str = "pretrain"
     objective: Literal["auto", "denoise", "causal", "masked"] = "auto"
     """`auto`: what suits the model: `denoise` (encoder-decoder), `causal` (decoder), `masked` (encoder)."""
@@ -241,6 +246,8 @@ class PretrainSettings(TrainingSettings):
 
 class FinetuneSettings(TrainingSettings):
     """Supervised training on the labelled pairs; all tasks together give one model."""
+
+    section = "finetune"
 
     name: str = "finetune"
     objective: Literal["seq2seq"] = "seq2seq"

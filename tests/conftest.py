@@ -16,6 +16,10 @@ from raylm.storage import StoragePath
 REPOSITORY = Path(__file__).parent.parent
 DATA = Path(os.environ.get("RAYLM_DATA", REPOSITORY.parent / "shared" / "data"))
 
+# What raylm keeps for a machine is kept apart from the person's who runs the tests.
+_CACHE = tempfile.TemporaryDirectory(prefix="raylm-cache-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
+
 # No hub is asked for anything, and no earlier cluster of this machine is joined by accident.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)

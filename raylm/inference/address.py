@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 
 from raylm.inference.model import cache_directory
 from raylm.storage import StoragePath
 
+_CONNECT_TIMEOUT_S = 2.0
 _AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
 
 
@@ -21,7 +23,7 @@ def forget_service() -> None:
 
 
 def noted_service() -> str | None:
-    """The Ray address of the service that was started last, or None where it was stopped.
+    """The Ray address of the service that was started last, or None where it runs no longer.
 
     To be called before Ray is imported: the environment is set as that cluster's authentication wants it.
     """
@@ -29,6 +31,11 @@ def noted_service() -> str | None:
     if not note.is_file():
         return None
     said = note.read_json()
+    host, _, port = said["ray"].rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError:  # the process ended without a word
+        return None
     for name, value in said["environment"].items():
         os.environ.setdefault(name, value)
     return str(said["ray"])

@@ -122,7 +122,7 @@ def train_worker(job: TrainingJob, report: Reporter) -> None:
             measured = window.metrics()
             if not math.isfinite(measured["loss"]):
                 raise TrainingError(
-                    f"the loss is {measured['loss']} at step {done}; lower {settings.name}.learning_rate"
+                    f"the loss is {measured['loss']} at step {done}; lower {settings.section}.learning_rate"
                 )
             if log:
                 norm = engine.get_global_grad_norm()

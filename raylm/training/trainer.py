@@ -140,7 +140,7 @@ def _run(settings: Settings, training: PretrainSettings | FinetuneSettings, pare
 
     :param parent: the run whose best checkpoint to start from; None starts from `model.start_from`, or afresh.
     """
-    stage = "pretrain" if isinstance(training, PretrainSettings) else "finetune"
+    stage = training.section
     tokens = prepared_corpus(settings)
     run = run_directory(settings, training.name)
     workers, use_gpu = _workers(training)
@@ -267,7 +267,7 @@ def _workers(training: PretrainSettings | FinetuneSettings) -> tuple[int, bool]:
         return (gpus, True) if gpus else (max(min(cpus, _MOST_CPU_WORKERS), 1), False)
     if training.workers > have:
         raise TrainingError(
-            f"{training.name}.workers is {training.workers}, the cluster has {have} {'GPUs' if gpus else 'CPUs'}"
+            f"{training.section}.workers is {training.workers}, the cluster has {have} {'GPUs' if gpus else 'CPUs'}"
         )
     return training.workers, bool(gpus)
 

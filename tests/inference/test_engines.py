@@ -105,9 +105,11 @@ def test_an_over_long_text_is_cut_and_flagged(engine: Engine, model: ModelInfo) 
     assert [o.truncated for o in fits.decode(["Find", "Find the text in this document"], ">>de<<")] == [False, True]
 
 
-def test_an_answer_that_reaches_the_longest_is_flagged(model: ModelInfo) -> None:
+def test_an_answer_that_reaches_the_longest_is_flagged(model: ModelInfo, sentences: list[str]) -> None:
+    whole = Engine(model, DecodeSettings(compute_type="float32")).decode(sentences[:50], ">>de<<")
+    long_text = next(text for text, output in zip(sentences, whole, strict=False) if output.output_tokens > 5)
     short = Engine(model, DecodeSettings(compute_type="float32", max_output_tokens=3))
-    long_answer, short_answer = short.decode(["Find the text.", "A"], ">>de<<")
+    long_answer, short_answer = short.decode([long_text, "A"], ">>de<<")
     assert long_answer.truncated and long_answer.output_tokens == 3
     assert not short_answer.truncated
 
