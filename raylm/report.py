@@ -14,9 +14,8 @@ from rich.text import Text
 from raylm import __version__
 from raylm.errors import ArtifactError
 from raylm.progress import duration
-from raylm.storage import MANIFEST, Manifest, StoragePath
+from raylm.storage import MANIFEST, METRICS, PREDICTIONS, Manifest, StoragePath
 from raylm.summary import (
-    METRICS,
     SCORES,
     below,
     drop_reasons,
@@ -30,7 +29,6 @@ from raylm.summary import (
 )
 
 PAGE = "report.html"
-PREDICTIONS = "predictions.jsonl"
 STAGES = ("prepare", "pretrain", "finetune", "evaluate", "export", "batch-translate", "batch-summarize")
 """In the order of the road."""
 

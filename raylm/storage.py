@@ -22,6 +22,10 @@ from raylm import __version__
 from raylm.errors import ArtifactError, OutputError
 
 MANIFEST = "manifest.json"
+METRICS = "metrics.jsonl"
+"""In a run: what training measured, a row for each line of its log."""
+PREDICTIONS = "predictions.jsonl"
+"""In an evaluation: what the model answered to each held-out source."""
 _COPY_BYTES = 8 << 20
 
 Rows = list[dict[str, Any]]
@@ -165,6 +169,17 @@ class StoragePath:
         with self.filesystem.open_input_stream(self.path) as source, local_file.open("wb") as sink:
             while block := source.read(_COPY_BYTES):
                 sink.write(block)
+
+    def upload_files(self, local: Path) -> None:
+        """Publish the files of a local directory here, `config.json` last: what finds it finds a whole model."""
+        for file in sorted(local.iterdir(), key=lambda file: (file.name == "config.json", file.name)):
+            (self / file.name).upload(file)
+
+    def download_files(self, local: Path) -> None:
+        """Copy the files of this directory, not those of directories in it, to a local one."""
+        for file, info in self.list():
+            if info.is_file:
+                file.download(local / file.name)
 
     def content_hash(self) -> str:
         """The xxh3-128 of the file's bytes, in hex."""

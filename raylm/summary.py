@@ -14,9 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from raylm.progress import duration
-from raylm.storage import Manifest, StoragePath
+from raylm.storage import METRICS, Manifest, StoragePath
 
-METRICS = "metrics.jsonl"
 SCORES = {"chrf": "chrF", "bleu": "BLEU", "exact_match": "exact match %"}
 SCORES |= {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 _MINOR_SCORES = ("ROUGE-1", "ROUGE-2")

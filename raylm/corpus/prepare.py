@@ -229,8 +229,7 @@ def _learn_tokenizer(plan: Plan, cleaned: list[CleanedUnit], start_from: str | N
                 texts = _sample(plan, cleaned, settings.sample_mb * 1e6, progress)
                 tokenizer = train_tokenizer(texts, settings.vocab_size, sorted(languages))
             save_tokenizer(tokenizer, Path(local), MAX_POSITIONS)
-        for file in sorted(Path(local).iterdir()):
-            (directory / file.name).upload(file)
+        directory.upload_files(Path(local))
 
 
 def _sample(plan: Plan, cleaned: list[CleanedUnit], limit_bytes: float, progress: Progress) -> Iterator[str]:
@@ -272,8 +271,7 @@ def _pack_partitions(plan: Plan, cleaned: list[CleanedUnit]) -> tuple[list[dict[
 def _pack_partition(plan: Plan, cleaned: list[CleanedUnit], partition: int) -> dict[str, Any]:
     root = StoragePath(plan.tokens)
     with tempfile.TemporaryDirectory(prefix="raylm-tokenizer-") as local:
-        for file, _ in (root / "tokenizer").list():
-            file.download(Path(local) / file.name)
+        (root / "tokenizer").download_files(Path(local))
         tokenizer = load_tokenizer(local)
     encoder = text_encoder(tokenizer.backend_tokenizer)
     end, pad, ids = tokenizer.eos_token_id, tokenizer.pad_token_id, token_type(len(tokenizer))

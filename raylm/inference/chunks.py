@@ -7,14 +7,12 @@ the answers, so that a job with another model, input or setting never takes them
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
-import xxhash
 
 from raylm.errors import InputError, OutputError
 from raylm.inference.engines import Decode, Output, answer_texts
@@ -30,7 +28,7 @@ from raylm.inference.io import (
 )
 from raylm.inference.quarantine import Tries, answer_one_by_one
 from raylm.settings import DecodeSettings
-from raylm.storage import Manifest, StoragePath
+from raylm.storage import Manifest, StoragePath, fingerprint
 from raylm.tasks import TASKS, Task
 
 RESULT_VERSION = 1
@@ -95,16 +93,16 @@ class Job:
         return [chunk for chunk in self.chunks if chunk.name not in there]
 
 
-def job_key(files: Sequence[InputFile], fingerprint: str, decode: DecodeSettings, asked: dict[str, Any]) -> str:
+def job_key(files: Sequence[InputFile], model_fingerprint: str, decode: DecodeSettings, asked: dict[str, Any]) -> str:
     """The hash over all that decides the answers: the files, the model, how it decodes, what is asked."""
     facts = {
         "version": RESULT_VERSION,
         "files": [(file.relative, file.identity) for file in files],
-        "model": fingerprint,
+        "model": model_fingerprint,
         "decode": decode.model_dump(),
         **asked,
     }
-    return xxhash.xxh3_64(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return fingerprint(facts)
 
 
 def plan_chunks(rows: Sequence[int], chunk_rows: int) -> Iterator[Chunk]:

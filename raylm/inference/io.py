@@ -13,11 +13,10 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
 from raylm.errors import InputError
 from raylm.inference.tabular import PREPARED_ROWS, prepare
-from raylm.storage import StoragePath, find_files
+from raylm.storage import StoragePath, find_files, fingerprint
 
 Format = Literal["parquet", "jsonl", "csv"]
 
@@ -48,7 +47,7 @@ class InputFile:
     @property
     def identity(self) -> str:
         """Changes when the file does: a hash of path, size and time of change."""
-        return xxhash.xxh3_64(f"{self.place}\0{self.bytes}\0{self.mtime_ns}".encode()).hexdigest()
+        return fingerprint([str(self.place), self.bytes, self.mtime_ns])
 
 
 @dataclass(frozen=True)

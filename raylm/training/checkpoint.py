@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import xxhash
 
 from raylm.errors import ArtifactError, TrainingError
-from raylm.storage import Manifest, StoragePath
+from raylm.storage import MANIFEST, Manifest, StoragePath
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -167,12 +166,8 @@ def load(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> int:
 
 def _publish(file: Path, root: Path, directory: StoragePath) -> dict[str, Any]:
     name = file.relative_to(root).as_posix()
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(8 << 20):
-            digest.update(block)
     (directory / name).upload(file)
-    return {"name": name, "bytes": file.stat().st_size, "xxh3_128": digest.hexdigest()}
+    return {"name": name, "bytes": file.stat().st_size, "xxh3_128": StoragePath(str(file)).content_hash()}
 
 
 def _prune(run: StoragePath, keep_last: int) -> None:
@@ -181,5 +176,5 @@ def _prune(run: StoragePath, keep_last: int) -> None:
     kept.add(min(reversed(complete), key=lambda checkpoint: checkpoint.validation_loss).step)
     for checkpoint in complete:
         if checkpoint.step not in kept:
-            (checkpoint.directory / "manifest.json").delete()  # invisible first, then gone
+            (checkpoint.directory / MANIFEST).delete()  # invisible first, then gone
             checkpoint.directory.delete()

@@ -13,7 +13,7 @@ from raylm import metrics, models
 from raylm.errors import ArtifactError
 from raylm.progress import Progress
 from raylm.settings import Settings
-from raylm.storage import Manifest, Stopwatch, StoragePath
+from raylm.storage import PREDICTIONS, Manifest, Stopwatch, StoragePath
 from raylm.tasks import SUMMARIZE, TASKS
 from raylm.training.batches import Shards, TokenLists, pad_to
 from raylm.training.trainer import MODEL, load_trained, prepared_corpus, run_directory
@@ -21,7 +21,6 @@ from raylm.training.trainer import MODEL, load_trained, prepared_corpus, run_dir
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-PREDICTIONS = "predictions.jsonl"
 _BATCH_TOKENS = 8_192
 _SAMPLES = 3
 

@@ -47,11 +47,8 @@ def export(settings: Settings) -> Manifest:
         description = _describe(settings, lineage)
         (directory / "raylm.json").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
         (directory / "README.md").write_text(model_card(settings, best, description))
-        # weights first: what finds a config finds a whole model
-        files = sorted(directory.iterdir(), key=lambda file: (file.name == "config.json", file.name))
-        for file in files:
-            (target / file.name).upload(file)
-        outputs = [{"name": file.name, "bytes": file.stat().st_size} for file in files]
+        target.upload_files(directory)
+        outputs = [{"name": file.name, "bytes": file.stat().st_size} for file in sorted(directory.iterdir())]
     return Manifest(
         stage="export",
         settings={"model": settings.model.model_dump(mode="json")},

@@ -13,7 +13,7 @@ import numpy as np
 from raylm.errors import TrainingError
 from raylm.metrics import perplexity
 from raylm.settings import FinetuneSettings, PretrainSettings
-from raylm.storage import StoragePath
+from raylm.storage import METRICS, StoragePath
 from raylm.tasks import TASKS
 from raylm.training import checkpoint as checkpoints
 from raylm.training.batches import (
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     import torch
     from deepspeed.runtime.engine import DeepSpeedEngine
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
-
-METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -333,7 +331,7 @@ class MetricsLog:
     """
 
     def __init__(self, run: StoragePath, first_step: int, report: Reporter) -> None:
-        self._file, self._report = run / METRICS_FILE, report
+        self._file, self._report = run / METRICS, report
         self._rows = [row for row in read_metrics(run) if row["step"] <= first_step]
         self._board: Any = None
         if run.is_local:
@@ -357,4 +355,4 @@ class MetricsLog:
 
 def read_metrics(run: StoragePath) -> list[dict[str, Any]]:
     """The rows of a run's metrics, oldest first; none where it has not logged yet."""
-    return (run / METRICS_FILE).read_jsonl()
+    return (run / METRICS).read_jsonl()

@@ -95,8 +95,7 @@ def load_trained(run: StoragePath) -> tuple[PreTrainedModel, checkpoints.Checkpo
 
     best = checkpoints.best(run)
     with tempfile.TemporaryDirectory(prefix="raylm-model-") as local_model:
-        for file, _ in (run / MODEL).list():
-            file.download(Path(local_model) / file.name)
+        (run / MODEL).download_files(Path(local_model))
         config = models.load_config(local_model)
     local = best.localize()
     try:
@@ -227,8 +226,7 @@ def _publish_start(run: StoragePath, parent: StoragePath) -> str:
     target = run / "start"
     with tempfile.TemporaryDirectory(prefix="raylm-start-") as local:
         save_model(parent, Path(local))
-        for file in sorted(Path(local).iterdir()):
-            (target / file.name).upload(file)
+        target.upload_files(Path(local))
     return str(target)
 
 
@@ -248,8 +246,7 @@ def _publish_model_files(
             objective_for(training.objective, models.architecture(config))
             tokenizer.save_pretrained(local)
             config.save_pretrained(local)
-            for file in sorted(Path(local).iterdir(), key=lambda f: f.name == "config.json"):
-                (target / file.name).upload(file)
+            target.upload_files(Path(local))
     return str(target)
 
 
