@@ -8,7 +8,7 @@ import yaml
 
 from raylm import settings
 from raylm.errors import SettingsError
-from raylm.settings import Settings
+from raylm.settings import Settings, loading
 
 CLUSTERS = Path(__file__).parent.parent / "clusters"
 
@@ -44,7 +44,7 @@ def test_the_environment_then_the_head_nodes_file_are_found(
     cluster_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        settings, "BOOTSTRAP_CONFIG", _write(tmp_path / "ray_bootstrap_config.yaml", {"storage": "/head"})
+        loading, "BOOTSTRAP_CONFIG", _write(tmp_path / "ray_bootstrap_config.yaml", {"storage": "/head"})
     )
     assert settings.load().storage == "/head"
     monkeypatch.setenv("RAYLM_CLUSTER", str(cluster_file))
@@ -52,7 +52,7 @@ def test_the_environment_then_the_head_nodes_file_are_found(
 
 
 def test_without_any_file_the_packaged_one_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(settings, "BOOTSTRAP_CONFIG", tmp_path / "absent.yaml")
+    monkeypatch.setattr(loading, "BOOTSTRAP_CONFIG", tmp_path / "absent.yaml")
     loaded = settings.load()
     assert {source.type for source in loaded.corpus.pairs} == {"cldr", "docstrings"}
 

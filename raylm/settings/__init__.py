@@ -1,0 +1,68 @@
+"""What `metadata.raylm` of a cluster YAML may say: the sections, how a file is found, read and overridden.
+
+A value is looked for in this order: `--set key=value`, `--with overlay.yaml` (the last one first), the cluster
+file, the default written here. Defaults live in this room alone.
+"""
+
+from raylm.settings.corpus import (
+    CldrSource,
+    CleanSettings,
+    CorpusSettings,
+    DecontaminateSettings,
+    DedupSettings,
+    DocstringsSource,
+    DocstringSummariesSource,
+    EvaluationSource,
+    FileSource,
+    FilterSettings,
+    PackSettings,
+    PairFileSource,
+    PairFilterSettings,
+    PiiSettings,
+    TokenizerSettings,
+)
+from raylm.settings.inference import BatchSettings, DecodeSettings, ServeSettings
+from raylm.settings.loading import differences, find_cluster_file, json_schema, load, packaged_cluster_file
+from raylm.settings.root import Settings, model_directory
+from raylm.settings.section import Section
+from raylm.settings.training import (
+    EvaluateSettings,
+    FinetuneSettings,
+    ModelSettings,
+    PretrainSettings,
+    TrainingSettings,
+)
+
+__all__ = [
+    "BatchSettings",
+    "CldrSource",
+    "CleanSettings",
+    "CorpusSettings",
+    "DecodeSettings",
+    "DecontaminateSettings",
+    "DedupSettings",
+    "DocstringSummariesSource",
+    "DocstringsSource",
+    "EvaluateSettings",
+    "EvaluationSource",
+    "FileSource",
+    "FilterSettings",
+    "FinetuneSettings",
+    "ModelSettings",
+    "PackSettings",
+    "PairFileSource",
+    "PairFilterSettings",
+    "PiiSettings",
+    "PretrainSettings",
+    "Section",
+    "ServeSettings",
+    "Settings",
+    "TokenizerSettings",
+    "TrainingSettings",
+    "differences",
+    "find_cluster_file",
+    "json_schema",
+    "load",
+    "model_directory",
+    "packaged_cluster_file",
+]

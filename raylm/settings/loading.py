@@ -1,0 +1,165 @@
+"""How a settings file is found, read and overridden."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from raylm.errors import SettingsError
+from raylm.settings.root import Settings
+
+BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml")
+"""Where `ray up` leaves the whole cluster file on the head node."""
+
+
+def packaged_cluster_file() -> Path:
+    """The `clusters/local.yaml` that belongs to this installation or checkout."""
+    here = Path(__file__).parent.parent
+    installed = here / "local.yaml"
+    return installed if installed.exists() else here.parent / "clusters" / "local.yaml"
+
+
+def find_cluster_file(cluster: str | os.PathLike[str] | None = None) -> Path:
+    """The file a command reads: the argument, `$RAYLM_CLUSTER`, the head node's copy, the packaged one.
+
+    :raises SettingsError: the named file does not exist.
+    """
+    for named, origin in ((cluster, "--cluster"), (os.environ.get("RAYLM_CLUSTER"), "$RAYLM_CLUSTER")):
+        if named:
+            path = Path(named).expanduser()
+            if not path.is_file():
+                raise SettingsError(f"{origin}: there is no file {path}")
+            return path
+    bootstrap = BOOTSTRAP_CONFIG.expanduser()
+    return bootstrap if bootstrap.is_file() else packaged_cluster_file()
+
+
+def load(
+    cluster: str | os.PathLike[str] | None = None,
+    overlays: Sequence[str | os.PathLike[str]] = (),
+    overrides: Sequence[str] = (),
+) -> Settings:
+    """The settings of a cluster file with overlays and `key=value` overrides laid over it.
+
+    :raises SettingsError: a file is missing or not YAML, a key is unknown, a value is of the wrong kind.
+    """
+    cluster_file = find_cluster_file(cluster)
+    document = _read_yaml(cluster_file)
+    metadata = document.get("metadata") or {}
+    merged = (metadata.get("raylm") if isinstance(metadata, dict) else None) or {}
+    _validate(merged, f"{cluster_file}: metadata.raylm")
+    for overlay in overlays:
+        path = Path(overlay).expanduser()
+        if not path.is_file():
+            raise SettingsError(f"--with: there is no file {path}")
+        content = _read_yaml(path)
+        merged = _merge(merged, content)
+        _validate(merged, str(path))
+    for override in overrides:
+        merged = _merge(merged, _parse_override(override))
+        _validate(merged, f"--set {override}")
+    return _validate(merged, str(cluster_file))
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of `metadata.raylm`, for editors that complete YAML."""
+    return Settings.model_json_schema()
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Each value that differs between two resolved settings, as `path: old → new`."""
+    for key in sorted(old.keys() | new.keys()):
+        before, after, path = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from differences(before, after, f"{path}.")
+        elif before != after:
+            yield f"{path}: {before} → {after}"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise SettingsError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise SettingsError(f"{path}: holds a {type(document).__name__}; a mapping of keys is expected")
+    return document
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise SettingsError(f"--set {override}: write key=value, such as pretrain.steps=200")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"--set {override}: the value is not YAML") from error
+    # YAML 1.1 reads `2e-3` as text; no setting wants such a text where a number would do.
+    if isinstance(parsed, str) and parsed and parsed[0] in "0123456789.+-":
+        with contextlib.suppress(ValueError):
+            parsed = float(parsed)
+    nested: Any = parsed
+    for part in reversed(key.strip().split(".")):
+        nested = {part: nested}
+    return dict(nested)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _validate(values: dict[str, Any], origin: str) -> Settings:
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            nearest = _nearest_key(first["loc"])
+            hint = f"; did you mean '{nearest}'?" if nearest else ""
+            raise SettingsError(f"{origin}: unknown key '{path}'{hint}") from None
+        raise SettingsError(f"{origin}: {path}: {first['msg']}, found {first['input']!r}") from None
+
+
+def _nearest_key(location: tuple[int | str, ...]) -> str | None:
+    """The known key nearest to the last part of a location, among those of the section it stands in."""
+    schema = json_schema()
+    node: Any = schema
+    for part in location[:-1]:
+        node = _step_into(schema, node, part)
+        if node is None:
+            return None
+    candidates = list(_resolve(schema, node).get("properties", {}))
+    matches = difflib.get_close_matches(str(location[-1]), candidates, n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    while "$ref" in node:
+        node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+    return node
+
+
+def _step_into(schema: dict[str, Any], node: dict[str, Any], part: int | str) -> dict[str, Any] | None:
+    node = _resolve(schema, node)
+    if isinstance(part, int):
+        items: dict[str, Any] | None = node.get("items")
+        return items
+    if part in node.get("properties", {}):
+        found: dict[str, Any] = node["properties"][part]
+        return found
+    tagged = node.get("discriminator", {}).get("mapping", {}).get(part)
+    return {"$ref": tagged} if tagged else None

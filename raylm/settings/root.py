@@ -1,0 +1,27 @@
+"""Everything under `metadata.raylm`."""
+
+from __future__ import annotations
+
+from raylm.settings.corpus import CorpusSettings
+from raylm.settings.inference import BatchSettings, ServeSettings
+from raylm.settings.section import Section
+from raylm.settings.training import EvaluateSettings, FinetuneSettings, ModelSettings, PretrainSettings
+
+
+class Settings(Section):
+    """Everything under `metadata.raylm`."""
+
+    storage: str = "~/raylm-storage"
+    """Where artifacts live: a local directory on one machine, any pyarrow URI on a cluster."""
+    corpus: CorpusSettings = CorpusSettings()
+    model: ModelSettings = ModelSettings()
+    pretrain: PretrainSettings = PretrainSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    batch: BatchSettings = BatchSettings()
+    serve: ServeSettings = ServeSettings()
+
+
+def model_directory(settings: Settings) -> str:
+    """Where `raylm export` writes the finished model."""
+    return f"{settings.storage.rstrip('/')}/models/{settings.model.name}"
