@@ -6,6 +6,7 @@ import json
 import os
 import re
 import time
+import urllib.parse
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -33,21 +34,35 @@ Rows = list[dict[str, Any]]
 _LOCAL = fs.LocalFileSystem()
 
 
+_URI = re.compile(r"(?P<root>[a-z][a-z0-9+.-]*://[^/?]*)(?P<path>.*?)(?P<query>\?\w+=[^?]*)?", re.DOTALL)
+"""A root that names the store, a path in it (`?` may be a glob's), and the options of the store."""
+
+_SECRETS = re.compile(r"(?<=://)[^/@:]*:[^/@]*@|(?<=[?&])\w*(?:key|secret|token)\w*=[^&]*&?")
+
+
 def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    if "://" in uri:
-        return _remote_filesystem(uri)
-    return _LOCAL, str(Path(uri).expanduser().absolute())
+    parts = _URI.fullmatch(uri)
+    if parts is None:
+        return _LOCAL, str(Path(uri).expanduser().absolute())
+    filesystem, root = _remote_filesystem(parts["root"], parts["query"] or "")
+    path = urllib.parse.unquote(parts["path"])
+    return filesystem, root.rstrip("/") + path if path else root
 
 
 @lru_cache(maxsize=256)
-def _remote_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    filesystem, path = fs.FileSystem.from_uri(uri)
+def _remote_filesystem(root: str, query: str) -> tuple[fs.FileSystem, str]:
+    """One client for each store: Arrow makes one, and may ask for the bucket's region, whenever it reads a URI."""
+    filesystem, path = fs.FileSystem.from_uri(f"{root}/{query}")
     return filesystem, path
 
 
 @dataclass(frozen=True)
 class StoragePath:
-    """A place on local disk or on any filesystem that pyarrow opens (`s3://…`, `gs://…`, `hdfs://…`)."""
+    """A place on local disk or on any filesystem that pyarrow opens (`s3://…`, `gs://…`, `hdfs://…`).
+
+    :param uri: a local path, or a URI with percent escapes, at its end the store's options, such as
+        `?endpoint_override=minio:9000&scheme=http`.
+    """
 
     uri: str
 
@@ -62,22 +77,34 @@ class StoragePath:
 
     @property
     def name(self) -> str:
-        return self.uri.rstrip("/").rsplit("/", 1)[-1]
+        place, _ = self._parts
+        last = place.rstrip("/").rsplit("/", 1)[-1]
+        return urllib.parse.unquote(last) if "://" in place else last
 
     @property
     def parent(self) -> StoragePath:
-        head, slash, _ = self.uri.rstrip("/").rpartition("/")
-        return StoragePath(head if slash else ".")
+        place, options = self._parts
+        head, slash, _ = place.rstrip("/").rpartition("/")
+        return StoragePath(head + options if slash else ".")
 
     @property
     def is_local(self) -> bool:
         return isinstance(self.filesystem, fs.LocalFileSystem)
 
+    @property
+    def _parts(self) -> tuple[str, str]:
+        """The URI without and with nothing but the store's options."""
+        parts = _URI.fullmatch(self.uri)
+        return (parts["root"] + parts["path"], parts["query"] or "") if parts else (self.uri, "")
+
     def __truediv__(self, part: str) -> StoragePath:
-        return StoragePath(f"{self.uri.rstrip('/')}/{part}")
+        place, options = self._parts
+        return StoragePath(f"{place.rstrip('/')}/{urllib.parse.quote(part) if '://' in place else part}{options}")
 
     def __str__(self) -> str:
-        return self.path if self.is_local else self.uri
+        """The local path, or the URI without the passwords in it: what people and manifests may see."""
+        is_remote = "://" in self.uri and not self.uri.startswith("file:")
+        return _SECRETS.sub("", self.uri) if is_remote else self.path
 
     def local(self) -> Path:
         """The same place as a `pathlib.Path`; only for local storage."""
@@ -256,6 +283,8 @@ class Manifest:
     metrics: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
     """A few rows for a person to look at."""
+    statistics: dict[str, Any] = field(default_factory=dict)
+    """What a report draws: sources, histograms, languages, duplicates, samples by reason."""
     wall_time_s: float = 0.0
     created_at: str = ""
     version: str = __version__
@@ -316,20 +345,21 @@ def find_files(pattern: str, suffixes: tuple[str, ...]) -> Iterator[tuple[Storag
         for child, child_info in place.list(recursive=True):
             below = child_info.path[len(place.path.rstrip("/")) + 1 :]
             hidden = any(part.startswith((".", "_")) for part in below.split("/"))
-            if child_info.type == fs.FileType.File and not hidden and child.uri.endswith(suffixes):
+            if child_info.type == fs.FileType.File and not hidden and child.name.endswith(suffixes):
                 yield child, child_info
         return
-    if any(sign in pattern for sign in "*?["):
-        fixed = []
-        for part in place.path.split("/"):
-            if any(sign in part for sign in "*?["):
-                break
-            fixed.append(part)
-        selector = fs.FileSelector("/".join(fixed) or "/", recursive=True, allow_not_found=True)
-        prefix = place.uri[: len(place.uri) - len(place.path)] if "://" in place.uri else ""
+    if any(sign in place.path for sign in "*?["):
+        parts = place.path.split("/")
+        globs = [number for number, part in enumerate(parts) if any(sign in part for sign in "*?[")]
+        folder = "/".join(parts[: globs[0]]) or "/"
+        base = place if "://" in place.uri else StoragePath(place.path)
+        for _ in parts[globs[0] :]:
+            base = base.parent
+        deep = len(parts) > globs[0] + 1
+        selector = fs.FileSelector(folder, recursive=deep, allow_not_found=True)
         for match in sorted(place.filesystem.get_file_info(selector), key=lambda entry: entry.path):
             if match.type == fs.FileType.File and _matches(match.path, place.path):
-                yield StoragePath(prefix + match.path), match
+                yield base / match.path[len(folder.rstrip("/")) + 1 :], match
 
 
 def _matches(path: str, pattern: str) -> bool:

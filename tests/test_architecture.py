@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "raylm"
 FLOORS = [
     {"errors"},
     {"settings", "storage", "progress"},
-    {"tasks", "models", "metrics"},
+    {"tasks", "models", "metrics", "sentences"},
     {"summary"},
     {"corpus", "training", "inference", "report"},
     {"quickstart"},

@@ -82,3 +82,24 @@ def test_find_files_reads_a_file_a_directory_and_globs(tmp_path: Path) -> None:
 def test_fingerprints_depend_on_content_alone() -> None:
     assert fingerprint({"a": 1, "b": "é"}) == fingerprint({"b": "é", "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+def test_a_uri_keeps_its_options_and_hides_its_passwords() -> None:
+    options = "?endpoint_override=127.0.0.1:1&scheme=http&region=us-east-1"
+    root = StoragePath(f"s3://someone:secret@bucket{options}")
+    child = root / "a folder" / "[x] 100%.txt"
+    assert child.path == "bucket/a folder/[x] 100%.txt"
+    assert child.name == "[x] 100%.txt"
+    assert child.parent.parent == root
+    assert child.filesystem is root.filesystem
+    assert root.path == "bucket"
+    assert str(child) == f"s3://bucket/a%20folder/%5Bx%5D%20100%25.txt{options}"
+    assert StoragePath(f"s3://bucket/part-?.txt{options}").path == "bucket/part-?.txt"
+    assert "secret" not in str(StoragePath("s3://bucket/a?region=us-east-1&secret_key=secret&scheme=http"))
+
+
+def test_names_that_a_uri_escapes_are_found_again(tmp_path: Path) -> None:
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "100%20.txt").write_text("text")
+    for pattern in (tmp_path.as_uri(), f"{tmp_path.as_uri()}/a%20b", f"{tmp_path.as_uri()}/*/*.txt"):
+        assert [file.read_bytes() for file, _ in find_files(pattern, (".txt",))] == [b"text"]

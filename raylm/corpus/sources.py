@@ -1,78 +1,81 @@
 """Where text comes from: each source is cut into units that one worker reads at once, each unit gives records.
 
-A unit is plain data. Which units there are never shows in the result: records are put in order by a hash of their
-content afterwards.
+A unit is plain data. Which units there are never shows in the result: one after the other they give the same records
+however they are cut, and what comes after puts records in order by a hash of their content.
 """
 
 from __future__ import annotations
 
-import csv
-import difflib
-import io
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+from pyarrow.fs import FileInfo
 
-from raylm.corpus import cldr, docstrings
+from raylm.corpus import cldr, docstrings, readers
+from raylm.corpus.markup import check_markup, html_text, plain_text
+from raylm.corpus.readers import check_column, opened_parquet
+from raylm.corpus.records import Document, Pair, Record, Rejected, Split
 from raylm.errors import InputError
-from raylm.settings import CldrSource, CorpusSettings, DocstringsSource, FileSource, PairFileSource
+from raylm.sentences import split_text
+from raylm.settings import (
+    CldrSource,
+    CorpusSettings,
+    DocstringsSource,
+    DocstringSummariesSource,
+    EvaluationSource,
+    FileSource,
+    PairFileSource,
+)
 from raylm.storage import StoragePath, find_files
 
-Split = Literal["train", "validation", "test"]
+__all__ = ["Unit", "check_column", "list_files", "opened_parquet", "plan_units", "read_texts", "read_unit"]
 
-_UNIT_BYTES = 8 << 20
+_MIN_UNIT_BYTES = 8 << 20
+_MAX_UNIT_BYTES = 256 << 20
+_WANTED_UNITS = 4_096
+_MANY_FILES = 1_000
+"""A source with more files has several small ones in a unit."""
+_MAX_PARTS_OF_ROW_GROUP = 16
+"""To come to its rows, a part decodes those before it: with 16, each row 8 times in the mean, at 500 MB/s."""
 _CLDR_UNIT_ROWS = 10_000
 _CLDR_BYTES_PER_ROW = 100
+_TEXT_PER_COMPRESSED_BYTE = 3
+_PLANNING_THREADS = 16
 _SUFFIXES = {
     "parquet": (".parquet", ".pq"),
     "jsonl": (".jsonl", ".ndjson", ".json"),
     "csv": (".csv", ".tsv"),
-    "text": (".txt", ".md", ".text"),
+    "datasets": (".arrow",),
+    "text": (".txt", ".text"),
+    "markdown": (".md", ".markdown"),
+    "html": (".html", ".htm", ".xhtml"),
+    "gettext": (".po", ".mo"),
 }
+_WITHOUT_EFFECT_ON_RECORDS = {"path", "target_path", "weight", "epochs"}
+_MAY_BE_TEXT = (
+    *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null),
+    *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view),
+)
+_PARAGRAPH_END = re.compile(r"\n\s*\n")
 
-
-@dataclass(frozen=True)
-class Document:
-    """Monolingual text. `split` None: a hash of the content decides."""
-
-    text: str
-    split: Split | None = None
-
-
-@dataclass(frozen=True)
-class Pair:
-    """What a task gets and what it should answer. `split` None: a hash of the source decides."""
-
-    task: str
-    to: str | None
-    source: str
-    target: str
-    split: Split | None = None
-    with_document: bool = False
-    """The source is part of a document of this corpus too, which must not reach training where the pair may not."""
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A row that could not be read."""
-
-    reason: str
-
-
-Record = Document | Pair | Rejected
+AnyFileSource = FileSource | PairFileSource | EvaluationSource
 
 
 @dataclass(frozen=True)
 class Unit:
     """A piece of a source.
 
-    :param identity: tells whether the piece changed: names, sizes and times of its files, or the generator's arguments.
+    :param identity: tells whether the piece changed: names, sizes and times of its files, or the generator's arguments,
+        and what the settings of its source say about reading.
     :param bytes: roughly what it holds, for progress and for the number of shards.
+    :param source: the number of its source, documents' sources before pairs'.
+    :param origin: its file or package, for people.
+    :param order: its place among all units: by source, then by the file's name, then by the place in the file.
     """
 
     kind: Literal["file", "docstrings", "cldr"]
@@ -80,91 +83,233 @@ class Unit:
     bytes: int
     documents: bool
     pairs: bool
+    source: int
+    origin: str
+    order: int = 0
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
 # ----------------------------------------------------------------------------------------- planning
 
 
+@dataclass(frozen=True)
+class FoundFile:
+    """A file of a source, for two aligned files with the one that holds the targets."""
+
+    place: StoragePath
+    bytes: int
+    mtime_ns: int | None
+    target: FoundFile | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells whether the file changed."""
+        own = {"file": str(self.place), "bytes": self.bytes, "mtime_ns": self.mtime_ns}
+        return own | ({"target": self.target.identity} if self.target else {})
+
+
 def plan_units(corpus: CorpusSettings) -> list[Unit]:
-    """The units of all sources.
+    """The units of all sources, in the order of the sources, of their files' names, and of the places in a file.
 
     :raises InputError: a source has no files, a file lacks a column or is damaged, a package is not installed, a
         language has no CLDR data.
     """
+    sources = [*corpus.documents, *corpus.pairs]
+    keys = [f"corpus.documents[{number}]" for number in range(len(corpus.documents))]
+    keys += [f"corpus.pairs[{number}]" for number in range(len(corpus.pairs))]
+    files = {
+        number: list_files(source, keys[number])
+        for number, source in enumerate(sources)
+        if isinstance(source, FileSource | PairFileSource)
+    }
+    unit_bytes = _unit_bytes(sum(file.bytes for found in files.values() for file in found))
     units: list[Unit] = []
-    for number, source in enumerate(corpus.documents):
-        if isinstance(source, FileSource):
-            units += _file_units(source, f"corpus.documents[{number}]", documents=True)
-    for number, pair_source in enumerate(corpus.pairs):
-        if isinstance(pair_source, CldrSource):
-            units += _cldr_units(pair_source, f"corpus.pairs[{number}]")
-        elif isinstance(pair_source, PairFileSource):
-            units += _file_units(pair_source, f"corpus.pairs[{number}]", documents=False)
-    return [*units, *_docstring_units(corpus)]
+    for number, source in enumerate(sources):
+        if isinstance(source, FileSource | PairFileSource):
+            units += _file_units(source, number, keys[number], files[number], unit_bytes)
+        elif isinstance(source, CldrSource):
+            units += _cldr_units(source, number, keys[number])
+        else:
+            units += _docstring_units(corpus, source, number)
+    return [replace(unit, order=order) for order, unit in enumerate(units)]
 
 
-def _file_units(source: FileSource | PairFileSource, key: str, documents: bool) -> Iterator[Unit]:
-    files = list(find_files(source.path, _SUFFIXES[source.type]))
-    if not files:
-        endings = " or ".join(_SUFFIXES[source.type])
-        raise InputError(f"{key}.path: {source.path}: no such file, and no directory or glob with {endings} files")
-    for file, info in files:
-        if info.size == 0:
-            raise InputError(f"{file}: the file is empty; {source.type} rows are expected")
-        arguments = {"file": file.uri, "type": source.type, "source": source.model_dump(mode="json")}
-        identity = {"file": file.uri, "bytes": info.size, "mtime_ns": info.mtime_ns}
-        for piece in _pieces(file, info.size, source):
-            yield Unit(
-                kind="file",
-                identity=identity | piece,
-                bytes=piece["bytes"],
-                documents=documents,
-                pairs=not documents,
-                arguments=arguments | piece,
-            )
+def _unit_bytes(total: int) -> int:
+    """The size of a unit: a power of two, so that a corpus that grows a little is cut as before."""
+    size = _MIN_UNIT_BYTES
+    while size < min(total / _WANTED_UNITS, _MAX_UNIT_BYTES):
+        size *= 2
+    return size
 
 
-def _pieces(file: StoragePath, size: int, source: FileSource | PairFileSource) -> Iterator[dict[str, int]]:
-    """Ranges of a file: row groups of parquet, bytes of line files; csv, whose cells may hold line ends, is whole."""
+def list_files(source: AnyFileSource, key: str) -> list[FoundFile]:
+    """The files of a source, in the order of their names.
+
+    :param key: where in the YAML the source stands, such as `corpus.documents[0]`.
+    :raises InputError: there are none, one is empty, or aligned ones do not match in number.
+    """
+    target_path = source.target_path if isinstance(source, PairFileSource) else None
+    files = _found(source.type, source.path, f"{key}.path")
+    if target_path is None:
+        return files
+    targets = _found(source.type, target_path, f"{key}.target_path")
+    if len(files) != len(targets):
+        places = StoragePath(source.path), StoragePath(target_path)
+        raise InputError(f"{key}: {places[0]} is {len(files)} files and {places[1]} {len(targets)}: give as many")
+    return [replace(file, target=target) for file, target in zip(files, targets, strict=True)]
+
+
+def _found(kind: str, path: str, key: str) -> list[FoundFile]:
+    endings = _SUFFIXES[kind]
+    packed = () if kind in ("parquet", "datasets") else readers.CODECS
+    suffixes = (*endings, *(ending + codec for ending in endings for codec in packed))
+    try:
+        found = sorted(find_files(path, suffixes), key=lambda entry: str(entry[1].path))
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{key}: {StoragePath(path)}: cannot be looked at: {str(error).splitlines()[0]}") from error
+    if kind == "datasets":
+        found = _saved_files(found)
+    if not found:
+        raise InputError(
+            f"{key}: {StoragePath(path)}: no such file, and no directory or glob with {' or '.join(endings)} files"
+        )
+    files = []
+    for file, info in found:
+        if info.size == 0 and kind not in ("markdown", "html"):
+            raise InputError(f"{file}: the file is empty; {kind} rows are expected")
+        # A worker may run in another directory.
+        files.append(FoundFile(StoragePath(file.path) if file.is_local else file, info.size, info.mtime_ns))
+    return files
+
+
+def _saved_files(found: list[tuple[StoragePath, FileInfo]]) -> list[tuple[StoragePath, FileInfo]]:
+    """The Arrow files that hold the data of saved datasets; beside them may lie what `map` cached.
+
+    :raises InputError: a file that a dataset's `state.json` names is missing.
+    """
+    found = [(file, info) for file, info in found if not file.name.startswith("cache-")]
+    for folder in dict.fromkeys(file.parent for file, _ in found):
+        state = folder / "state.json"
+        if state.is_file():
+            there = {file.name for file, _ in folder.list()}
+            for entry in state.read_json().get("_data_files", ()):
+                if entry["filename"] not in there:
+                    raise InputError(f"{folder / entry['filename']}: the file is missing; {state} names it")
+    return found
+
+
+def _file_units(
+    source: FileSource | PairFileSource, number: int, key: str, files: list[FoundFile], unit_bytes: int
+) -> Iterator[Unit]:
+    if isinstance(source, FileSource):
+        check_markup("html" if source.type == "html" else source.markup, key)
+    settings = source.model_dump(mode="json", exclude=_WITHOUT_EFFECT_ON_RECORDS)
+    with ThreadPoolExecutor(_PLANNING_THREADS) as threads:  # on an object store each file is a matter of waiting
+        cut = list(threads.map(lambda file: list(_pieces(file, source, unit_bytes)), files))
+    pieces = [(file, piece) for file, pieces in zip(files, cut, strict=True) for piece in pieces]
+    for batch in _batches(pieces, unit_bytes if len(files) > _MANY_FILES else 0):
+        (file, _), others = batch[0], len({file.place for file, _ in batch}) - 1
+        yield Unit(
+            kind="file",
+            identity={"pieces": [file.identity | piece for file, piece in batch], "settings": settings},
+            bytes=sum(piece["bytes"] for _, piece in batch),
+            documents=isinstance(source, FileSource),
+            pairs=isinstance(source, PairFileSource),
+            source=number,
+            origin=f"{file.place} and {others} more" if others else str(file.place),
+            arguments={
+                "settings": settings,
+                "pieces": [
+                    {"file": file.place.uri, "target": file.target and file.target.place.uri, **piece}
+                    for file, piece in batch
+                ],
+            },
+        )
+
+
+Piece = dict[str, int]
+"""A range of a file, `start` and `stop` in bytes or rows, and how many bytes it holds."""
+
+
+def _batches(pieces: list[tuple[FoundFile, Piece]], limit: int) -> Iterator[list[tuple[FoundFile, Piece]]]:
+    """Neighbours, as many as stay within a number of bytes; at least one."""
+    batch: list[tuple[FoundFile, Piece]] = []
+    size = 0
+    for file, piece in pieces:
+        if batch and size + piece["bytes"] > limit:
+            yield batch
+            batch, size = [], 0
+        batch.append((file, piece))
+        size += piece["bytes"]
+    if batch:
+        yield batch
+
+
+def _pieces(found: FoundFile, source: FileSource | PairFileSource, unit_bytes: int) -> Iterator[Piece]:
+    """The ranges that a file is cut into."""
+    file, size = found.place, found.bytes
     if source.type == "parquet":
-        with opened_parquet(file) as parquet:
-            for column in _columns(source):
-                check_column(file, parquet.schema_arrow.names, column)
-            for group in range(parquet.num_row_groups):
-                yield {"start": group, "stop": group + 1, "bytes": parquet.metadata.row_group(group).total_byte_size}
-    elif source.type == "jsonl":
-        for start in range(0, size, _UNIT_BYTES):
-            stop = min(start + _UNIT_BYTES, size)
+        yield from _row_ranges(file, _columns(source), unit_bytes)
+        return
+    if source.type == "datasets":
+        with readers.opened_arrow(file) as reader:
+            _check_text_columns(file, reader.schema, _columns(source))
+    if source.type == "csv":
+        for column in _columns(source):
+            check_column(file, readers.csv_header(file), column)
+    packed = readers.is_compressed(file) or (found.target is not None and readers.is_compressed(found.target.place))
+    if packed or size <= unit_bytes:
+        held = size * _TEXT_PER_COMPRESSED_BYTE if packed else size
+        whole = {"start": 0, "stop": readers.END, "bytes": held}
+        yield whole | ({"target_start": 0, "target_stop": readers.END} if found.target else {})
+    elif found.target is not None:
+        for part in readers.aligned_ranges(file, found.target.place, unit_bytes):
+            yield asdict(part) | {"bytes": min(part.stop, size) - part.start}
+    elif source.type in ("jsonl", "text", "csv"):
+        starts = readers.csv_cuts(file, unit_bytes) if source.type == "csv" else list(range(0, size, unit_bytes))
+        for start, stop in zip(starts, [*starts[1:], size], strict=True):
             yield {"start": start, "stop": stop, "bytes": stop - start}
     else:
-        yield {"start": 0, "stop": size, "bytes": size}
+        yield {"start": 0, "stop": readers.END, "bytes": size}
+
+
+def _row_ranges(file: StoragePath, columns: list[str], unit_bytes: int) -> Iterator[Piece]:
+    """Ranges of a parquet file's rows: small row groups together, large ones in parts."""
+    with opened_parquet(file) as parquet:
+        _check_text_columns(file, parquet.schema_arrow, columns)
+        start = stop = size = 0
+        for number in range(parquet.num_row_groups):
+            group = parquet.metadata.row_group(number)
+            group_bytes = readers.column_bytes(group, columns)
+            if size and size + group_bytes > unit_bytes:
+                yield {"start": start, "stop": stop, "bytes": size}
+                start, size = stop, 0
+            parts = min(-(-group_bytes // unit_bytes), group.num_rows, _MAX_PARTS_OF_ROW_GROUP)
+            for part in range(1, parts):
+                cut = stop + group.num_rows * part // parts
+                yield {"start": start, "stop": cut, "bytes": group_bytes // parts}
+                start = cut
+            stop += group.num_rows
+            size += group_bytes // max(parts, 1)
+        if start < stop:
+            yield {"start": start, "stop": stop, "bytes": size}
 
 
 def _columns(source: FileSource | PairFileSource) -> list[str]:
     return [source.column] if isinstance(source, FileSource) else [source.source, source.target]
 
 
-def opened_parquet(file: StoragePath) -> pq.ParquetFile:
-    """An open parquet file.
-
-    :raises InputError: it is not one.
-    """
-    try:
-        return pq.ParquetFile(file.open_input())
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{file}: not a readable parquet file: {str(error).splitlines()[0]}") from error
-
-
-def check_column(file: StoragePath, names: Sequence[str], wanted: str) -> None:
-    """:raises InputError: the column is not there; the text names the nearest one."""
-    if wanted not in names:
-        near = difflib.get_close_matches(wanted, names, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise InputError(f"{file}: no column '{wanted}' among {', '.join(names)}{hint}")
+def _check_text_columns(file: StoragePath, schema: pa.Schema, columns: list[str]) -> None:
+    """:raises InputError: a column is not there, or holds what never is text."""
+    for column in columns:
+        check_column(file, schema.names, column)
+        kind = schema.field(column).type
+        value = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not any(is_kind(value) for is_kind in _MAY_BE_TEXT):
+            raise InputError(f"{file}: column '{column}' holds {kind}, text (string) is expected")
 
 
-def _cldr_units(source: CldrSource, key: str) -> Iterator[Unit]:
+def _cldr_units(source: CldrSource, number: int, key: str) -> Iterator[Unit]:
     try:
         cldr.check_language(source.to)
     except ValueError as error:
@@ -172,30 +317,47 @@ def _cldr_units(source: CldrSource, key: str) -> Iterator[Unit]:
     for start in range(0, source.rows, _CLDR_UNIT_ROWS):
         stop = min(start + _CLDR_UNIT_ROWS, source.rows)
         arguments = {"to": source.to, "seed": source.seed, "start": start, "stop": stop}
-        size = (stop - start) * _CLDR_BYTES_PER_ROW
-        yield Unit("cldr", arguments, size, documents=False, pairs=True, arguments=arguments)
+        yield Unit(
+            kind="cldr",
+            identity=arguments,
+            bytes=(stop - start) * _CLDR_BYTES_PER_ROW,
+            documents=False,
+            pairs=True,
+            source=number,
+            origin=f"cldr {source.to}",
+            arguments=arguments,
+        )
 
 
-def _docstring_units(corpus: CorpusSettings) -> Iterator[Unit]:
-    """One parse of a file serves both: its documents for pretraining and its pairs for summarising."""
-    document_packages = {p for s in corpus.documents if isinstance(s, DocstringsSource) for p in s.packages}
-    pair_packages = {p for s in corpus.pairs if s.type == "docstrings" for p in s.packages}
-    for package in sorted(document_packages | pair_packages):
+def _docstring_units(
+    corpus: CorpusSettings, source: DocstringsSource | DocstringSummariesSource, number: int
+) -> Iterator[Unit]:
+    """One parse of a file serves both: its documents for pretraining and its pairs for summarising.
+
+    A package belongs to the first source that names it.
+    """
+    sources = [*corpus.documents, *corpus.pairs]
+    earlier = {name for other in sources[:number] if other.type == "docstrings" for name in other.packages}
+    document_packages = {name for other in corpus.documents if other.type == "docstrings" for name in other.packages}
+    pair_packages = {name for other in corpus.pairs if other.type == "docstrings" for name in other.packages}
+    for package in sorted(set(source.packages) - earlier):
         try:
             files = docstrings.python_files(package)
         except LookupError as error:
             raise InputError(f"corpus: docstrings of package '{package}': {error}") from error
+        makes = {"documents": package in document_packages, "pairs": package in pair_packages}
         sized = [(name, path, path.stat().st_size) for name, path in files]
         batch: list[tuple[str, Path, int]] = []
         for entry in [*sized, None]:
-            if batch and (entry is None or sum(size for *_, size in batch) + entry[2] > _UNIT_BYTES):
+            if batch and (entry is None or sum(size for *_, size in batch) + entry[2] > _MIN_UNIT_BYTES):
                 yield Unit(
                     kind="docstrings",
-                    identity={"package": package, "files": [[name, size] for name, _, size in batch]},
+                    identity={"package": package, "files": [[name, size] for name, _, size in batch], **makes},
                     bytes=sum(size for *_, size in batch),
-                    documents=package in document_packages,
-                    pairs=package in pair_packages,
+                    source=number,
+                    origin=package,
                     arguments={"paths": [str(path) for _, path, _ in batch]},
+                    **makes,
                 )
                 batch = []
             if entry is not None:
@@ -206,111 +368,121 @@ def _docstring_units(corpus: CorpusSettings) -> Iterator[Unit]:
 
 
 def read_unit(unit: Unit) -> Iterator[Record]:
-    """The records of a unit.
+    """The records of a unit, in their order.
 
     :raises InputError: its file is damaged.
     """
     if unit.kind == "cldr":
-        for pair in cldr.pairs(**unit.arguments):
+        for number, pair in enumerate(cldr.pairs(**unit.arguments), unit.arguments["start"]):
             split: Split | None = "test" if pair.split == "test" else None
-            yield Pair("translate", unit.arguments["to"], pair.source, pair.target, split)
+            yield Pair("translate", unit.arguments["to"], pair.source, pair.target, split, position=number)
     elif unit.kind == "docstrings":
         yield from _read_docstrings(unit)
     else:
-        yield from _read_file(unit)
+        several = len({piece["file"] for piece in unit.arguments["pieces"]}) > 1
+        for piece in unit.arguments["pieces"]:
+            for record in _read_piece(piece, unit.arguments["settings"], unit.documents):
+                if several and isinstance(record, Rejected):
+                    record = replace(record, file=str(StoragePath(piece["file"])))
+                yield record
 
 
 def _read_docstrings(unit: Unit) -> Iterator[Record]:
+    number = 0
     for path in unit.arguments["paths"]:
         try:
             found = list(docstrings.docstrings(Path(path).read_bytes()))
-        except (SyntaxError, OSError):
-            yield Rejected("unparsable_python")
+        except (SyntaxError, OSError) as error:
+            yield Rejected(f"not Python source: {error}", file=path)
             continue
         for _, text in found:
+            number += 1
             pair = docstrings.summary_pair(text) if unit.pairs else None
             if pair is not None:
-                yield Pair("summarize", None, *pair, with_document=unit.documents)
+                yield Pair("summarize", None, *pair, with_document=unit.documents, position=number)
             if unit.documents:
-                yield Document(text)
+                yield Document(text, position=number)
 
 
-def _read_file(unit: Unit) -> Iterator[Record]:
-    file, settings = StoragePath(unit.arguments["file"]), unit.arguments["source"]
-    start, stop = unit.arguments["start"], unit.arguments["stop"]
-    if unit.arguments["type"] == "text":
-        split: Split | None = "validation" if settings["validation"] else None
-        for block in _decoded(file, file.read_bytes()).replace("\r\n", "\n").split("\n\n"):
-            if block.strip():
-                yield Document(block, split)
-        return
-    columns = [settings["column"]] if unit.documents else [settings["source"], settings["target"]]
-    rows = {"parquet": _parquet_rows, "jsonl": _jsonl_rows, "csv": _csv_rows}[unit.arguments["type"]]
-    for values in rows(file, start, stop, columns):
-        if values is None:
-            yield Rejected("malformed_row")
-        elif not all(isinstance(value, str) for value in values):
-            yield Rejected("not_text")
-        elif unit.documents:
-            yield Document(values[0], "validation" if settings["validation"] else None)
+def _read_piece(piece: dict[str, Any], settings: dict[str, Any], documents: bool) -> Iterator[Record]:
+    columns = [settings["column"]] if documents else [settings["source"], settings["target"]]
+    for row in _rows(piece, settings["type"], columns):
+        if isinstance(row, Rejected):
+            yield row
+        elif documents:
+            yield from _documents(row, settings)
         else:
-            yield Pair(settings["task"], settings["to"], values[0], values[1], settings["split"])
+            texts = readers.row_texts(row, columns)
+            if isinstance(texts, Rejected):
+                yield texts
+            else:
+                source, target = texts
+                yield Pair(settings["task"], settings["to"], source, target, settings["split"], position=row.position)
 
 
-Row = list[Any] | None
-"""The wanted values of a row; None where it is malformed."""
+def _documents(row: readers.Row, settings: dict[str, Any]) -> Iterator[Document | Rejected]:
+    split: Split | None = "validation" if settings["validation"] else None
+    if settings["type"] == "html":
+        text = html_text(row.values[0])
+    else:
+        texts = readers.row_texts(row, [settings["column"]])
+        if isinstance(texts, Rejected):
+            yield texts
+            return
+        text = plain_text(texts[0], "markdown" if settings["type"] == "markdown" else settings["markup"])
+    for part in _parts(text, settings["split_into"]):
+        yield Document(part, split, row.position)
 
 
-def _parquet_rows(file: StoragePath, start: int, stop: int, columns: list[str]) -> Iterator[Row]:
-    with opened_parquet(file) as parquet:
-        try:
-            table = parquet.read_row_groups(list(range(start, stop)), columns=list(dict.fromkeys(columns)))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"{file}: damaged in row group {start}: {str(error).splitlines()[0]}") from error
-    yield from map(list, zip(*(table[column].to_pylist() for column in columns), strict=True))
+def _parts(text: str, into: str) -> Iterator[str]:
+    if into == "document":
+        yield text
+    elif into == "paragraph":
+        yield from filter(str.strip, _PARAGRAPH_END.split(text))
+    else:
+        yield from split_text(text).sentences
 
 
-def _jsonl_rows(file: StoragePath, start: int, stop: int, columns: list[str]) -> Iterator[Row]:
-    for line in _lines(file, start, stop):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            yield None
-            continue
-        if not isinstance(row, dict):
-            yield None
-            continue
-        yield [row.get(column) for column in columns]
+def _rows(piece: dict[str, Any], kind: str, columns: list[str]) -> Iterator[readers.Row | Rejected]:
+    """The rows of a range of a file."""
+    file, start, stop = StoragePath(piece["file"]), piece["start"], piece["stop"]
+    if kind == "parquet":
+        yield from readers.parquet_rows(file, start, stop, columns)
+    elif kind == "datasets":
+        yield from readers.arrow_rows(file, columns)
+    elif kind == "jsonl":
+        yield from readers.jsonl_rows(file, start, stop, columns)
+    elif kind == "csv":
+        yield from readers.csv_rows(file, start, stop, columns)
+    elif kind == "gettext":
+        yield from readers.gettext_rows(file)
+    elif kind in ("markdown", "html"):
+        yield readers.whole_file(file)
+    elif piece["target"] is not None:
+        part = readers.AlignedRange(start, stop, piece["target_start"], piece["target_stop"])
+        yield from readers.aligned_rows(file, StoragePath(piece["target"]), part)
+    else:
+        yield from readers.text_blocks(file, start, stop)
 
 
-def _csv_rows(file: StoragePath, start: int, stop: int, columns: list[str]) -> Iterator[Row]:
-    text = io.StringIO(_decoded(file, file.read_bytes()), newline="")
-    reader = csv.DictReader(text, delimiter="\t" if file.uri.endswith(".tsv") else ",")
+def read_texts(source: EvaluationSource, key: str) -> Iterator[str]:
+    """The texts of an evaluation set, column after column; rows without a text in a column are passed over.
+
+    :param key: where in the YAML the source stands, such as `corpus.decontaminate.against[0]`.
+    :raises InputError: a row cannot be read, or a column has no text at all: what is not read would not be kept out.
+    """
+    columns = ("text",) if source.type == "text" else source.columns
     for column in columns:
-        check_column(file, reader.fieldnames or [], column)
-    for row in reader:
-        yield [row[column] for column in columns]
-
-
-def _lines(file: StoragePath, start: int, stop: int) -> Iterator[bytes]:
-    """The lines that begin in a range of bytes, the last one to its end."""
-    with io.BufferedReader(file.open_input()) as stream:
-        position = max(start - 1, 0)
-        stream.seek(position)
-        if start:
-            position += len(stream.readline())  # the line that begins before the range, or the line end before it
-        while position < stop:
-            line = stream.readline()
-            if not line:
-                return
-            position += len(line)
-            yield line
-
-
-def _decoded(file: StoragePath, data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not UTF-8 text, see the byte at offset {error.start}") from error
+        texts = 0
+        for found in list_files(source, key):
+            piece = {"file": found.place.uri, "target": None, "start": 0, "stop": readers.END}
+            for row in _rows(piece, source.type, [column]):
+                if isinstance(row, readers.Row) and row.values[0] is None:
+                    continue
+                read = row if isinstance(row, Rejected) else readers.row_texts(row, [column])
+                if isinstance(read, Rejected):
+                    raise InputError(f"{found.place}, at {read.position}: {read.error}")
+                texts += 1
+                yield read[0]
+        if not texts:
+            raise InputError(f"{key}: {source.path}: no text in column '{column}'")

@@ -237,7 +237,7 @@ def output_files(target: StoragePath, files: Sequence[InputFile], pattern: str) 
 
 def work_directory(target: StoragePath) -> StoragePath:
     """Where a job keeps its parts, and in the end its manifest: beside its output."""
-    return StoragePath(f"{target.uri}.raylm")
+    return target.parent / f"{target.name}.raylm"
 
 
 def finished_manifest(target: StoragePath, key: str) -> Manifest | None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from raylm.errors import ArtifactError
 from raylm.inference.convert import converted_model
 from raylm.inference.model import ModelInfo
-from raylm.inference.segment import split_text
+from raylm.sentences import split_text
 from raylm.settings import DecodeSettings
 from raylm.tasks import TRANSLATE, Task
 

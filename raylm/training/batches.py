@@ -56,7 +56,7 @@ class Shards:
     """Arrow IPC shards of one split as one memory-mapped table; remote ones are copied to local disk once."""
 
     def __init__(self, directory: StoragePath) -> None:
-        files = [file for file, _ in directory.list() if file.uri.endswith(".arrow")]
+        files = [file for file, _ in directory.list() if file.name.endswith(".arrow")]
         if not files:
             raise ArtifactError(f"{directory}: no token shards here; prepare a corpus that has such data")
         tables = [pa.ipc.open_file(pa.memory_map(str(_local_copy(file)))).read_all() for file in files]

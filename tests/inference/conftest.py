@@ -53,9 +53,9 @@ def build_model_directory(directory: Path, sentences: list[str]) -> None:
 
     from raylm.corpus.tokenizer import save_tokenizer, text_encoder, train_tokenizer
     from raylm.models import build_config, build_model, load_tokenizer
-    from raylm.settings import ModelSettings
+    from raylm.settings import ModelSettings, TokenizerSettings
 
-    tokenizer = train_tokenizer(sentences, vocab_size=1_000, languages=["de", "fr"])
+    tokenizer = train_tokenizer(sentences, TokenizerSettings(vocab_size=1_000), ["de", "fr"])
     directory.mkdir(parents=True)
     save_tokenizer(tokenizer, directory, max_length=64)
     small = {

@@ -228,9 +228,9 @@ def test_a_t5_made_elsewhere_is_answered_by_its_own_tokenizer(tmp_path: Path, se
 
     from raylm.corpus.tokenizer import save_tokenizer, train_tokenizer
     from raylm.models import build_config, build_model, load_model, load_tokenizer
-    from raylm.settings import ModelSettings
+    from raylm.settings import ModelSettings, TokenizerSettings
 
-    save_tokenizer(train_tokenizer(sentences, 600, ["de"]), tmp_path, max_length=64)
+    save_tokenizer(train_tokenizer(sentences, TokenizerSettings(vocab_size=600), ["de"]), tmp_path, max_length=64)
     tokenizer = load_tokenizer(str(tmp_path))
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1}
     build_model(build_config(ModelSettings(family="t5", config=sizes), tokenizer), seed=1).save_pretrained(tmp_path)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylm.inference.segment import split_text
+from raylm.sentences import split_text
 
 # Text of the signs that matter here, so that random strings meet every rule.
-SIGNS = st.text(alphabet=st.sampled_from("aB1 .!?…。！？\"'”)(\n\r\t\u2028-*—é中、,"), max_size=60)
+SIGNS = st.text(alphabet=st.sampled_from("aB1 .!?…。！？．３\"'”)(\n\r\t\u2028-*—é中、,"), max_size=60)
 
 
 @settings(max_examples=400, deadline=None)
@@ -43,6 +43,22 @@ def test_sentences_carry_no_white_space_around_them_and_no_line_end(text: str) -
         ("「はい。」と言った。", ["「はい。」", "と言った。"]),
         ("Released in 1999. It was new.", ["Released in 1999.", "It was new."]),
         ("Add 2.5 to 3.25. Then stop.", ["Add 2.5 to 3.25.", "Then stop."]),
+        ("He lives in the U.S. It is big.", ["He lives in the U.S.", "It is big."]),
+        ("It was 5 p.m. She left.", ["It was 5 p.m.", "She left."]),
+        ("Acme Inc. is small. Ask Acme Inc. They know.", ["Acme Inc. is small.", "Ask Acme Inc.", "They know."]),
+        ("See www.x.org. It works.", ["See www.x.org.", "It works."]),
+        ("Take vitamin C. Then rest.", ["Take vitamin C.", "Then rest."]),
+        ("It came with version 3. The rest is new.", ["It came with version 3.", "The rest is new."]),
+        ("Das gilt z. B. Sonntags. Und so.", ["Das gilt z. B. Sonntags.", "Und so."]),
+        ("A b. C d.", ["A b.", "C d."]),
+        ("真的吗？！是的……好。", ["真的吗？！", "是的……好。"]),
+        ("房间太小!早餐很差?是的。", ["房间太小!", "早餐很差?", "是的。"]),
+        ("他走了．版本３．５来了．", ["他走了．", "版本３．５来了．"]),
+        ("价格3.5元。版本Python 3.11。好", ["价格3.5元。", "版本Python 3.11。", "好"]),
+        ('他说:"好。走。"然后走了。', ['他说:"好。', '走。"', "然后走了。"]),
+        ('他来了。"你好。"', ["他来了。", '"你好。"']),
+        ("（见第三章。）“完。”他说。", ["（见第三章。）", "“完。”", "他说。"]),
+        ("第一句。 第二句。　第三句。", ["第一句。", "第二句。", "第三句。"]),
     ],
 )
 def test_sentences_are_parted(text: str, sentences: list[str]) -> None:
@@ -64,6 +80,12 @@ def test_sentences_are_parted(text: str, sentences: list[str]) -> None:
         "Yahoo! is a name.",
         "Go to example.com now.",
         "Wait... what",
+        "1. The file is opened",
+        "Step 2. The file",
+        "J. K. Rowling and the U.N. Security Council met.",
+        "Use a sign, e.g. The one above.",
+        "主机.名 a.b.c 你好!",
+        "他说……然后走了",
     ],
 )
 def test_stops_that_end_nothing_do_not_part(text: str) -> None:
@@ -83,6 +105,7 @@ def test_other_sentences_keep_the_white_space() -> None:
 def test_a_language_with_spaces_gets_them_between_sentences_that_had_none() -> None:
     assert split_text("你好。再见。").join(["Hello.", "Bye."]) == "Hello. Bye."
     assert split_text("你好。再见。").join(["你好。", "再见。"]) == "你好。再见。"
+    assert split_text("你好!再见。").join(["Hello!", "Bye."]) == "Hello! Bye."
 
 
 def test_long_lines_take_linear_time() -> None:

@@ -1,0 +1,129 @@
+"""The first step: each unit of the sources is read, cleaned and filtered into files sorted by a hash of the content."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from raylm.corpus.plan import Plan
+from raylm.corpus.rows import CLEANED, Cleaned, Dropped, cleaned_records
+from raylm.corpus.sources import read_unit
+from raylm.corpus.steps import Result, run_step, write_table
+from raylm.errors import InputError
+from raylm.storage import StoragePath
+
+_RUN_BYTES = 32 << 20  # of text that a worker holds before it sorts and writes
+_RUN_BATCH_ROWS = 256
+_SAMPLES = 3
+_EXCERPT_CHARS = 300
+
+DROPPED = pa.schema([(name, pa.string()) for name in ("reason", "kind", "source", "target")])
+
+
+def clean_units(plan: Plan) -> list[Result]:
+    """What became of each unit: its sorted files, its counts, a few samples for each reason.
+
+    :raises InputError: a file is damaged, or more rows than `max_rejected` could not be read.
+    """
+
+    def detail(results: list[Result]) -> str:
+        read, kept = (sum(r["counts"].get(name, 0) for r in results) for name in ("read", "kept"))
+        return f"{kept:,} kept of {read:,}"
+
+    results = run_step(
+        plan.place("clean"),
+        "prepare: clean",
+        plan.unit_names,
+        lambda number: _clean_unit(plan, number),
+        measure=lambda number: plan.units[number].bytes / 1e6,
+        unit="MB",
+        detail=detail,
+    )
+    read, rejected = (sum(r["counts"].get(name, 0) for r in results) for name in ("read", "rejected"))
+    check_rejected(plan.corpus.max_rejected, read, rejected, [row for r in results for row in r["rejected"]])
+    return results
+
+
+def _clean_unit(plan: Plan, number: int) -> Result:
+    unit, name, place = plan.units[number], plan.unit_names[number], plan.place("clean")
+    sources = [*plan.corpus.documents, *plan.corpus.pairs]
+    counts: Counter[str] = Counter()
+    samples: dict[str, list[str]] = {}
+    runs: list[Result] = []
+    rows: list[Cleaned] = []
+    dropped: list[Dropped] = []
+    rejected: list[dict[str, Any]] = []
+    size = 0
+    for outcome in cleaned_records(read_unit(unit), plan.corpus, sources[unit.source], counts):
+        if isinstance(outcome, Cleaned):
+            rows.append(outcome)
+            size += len(outcome.source) + len(outcome.target or "")
+            if size >= _RUN_BYTES:
+                runs.append(_write_run(place / f"{name}-{len(runs)}.arrow", rows))
+                rows, size = [], 0
+        elif isinstance(outcome, Dropped):
+            excerpts = samples.setdefault(f"dropped.{outcome.reason}", [])
+            if len(excerpts) < _SAMPLES:
+                excerpts.append(_excerpt(outcome))
+            if plan.corpus.keep_dropped:
+                dropped.append(outcome)
+        else:
+            row = asdict(outcome)
+            rejected.append(row | {"file": outcome.file or unit.origin})
+    if rows:
+        samples["kept"] = [_excerpt(row) for row in rows[:_SAMPLES]]
+        runs.append(_write_run(place / f"{name}-{len(runs)}.arrow", rows))
+    if rejected:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected)
+        (place / f"{name}-rejected.jsonl").write_bytes(lines.encode("utf-8", "backslashreplace"))
+    if dropped:
+        write_dropped(place / f"{name}-dropped.parquet", dropped)
+    return {"runs": runs, "counts": dict(counts), "samples": samples, "rejected": rejected[:_SAMPLES]}
+
+
+def _write_run(file: StoragePath, rows: list[Cleaned]) -> Result:
+    """A file of rows in the order of their hashes; says where in the range of hashes each of its batches begins."""
+    rows.sort(key=lambda row: row.hash)
+    columns = {field.name: pa.array([getattr(r, field.name) for r in rows], field.type) for field in CLEANED}
+    table = pa.table(columns, CLEANED)
+    starts = range(0, len(rows), _RUN_BATCH_ROWS)
+    write_table(file, table, [len(rows[start : start + _RUN_BATCH_ROWS]) for start in starts])
+    return {
+        "file": file.name,
+        "rows": len(rows),
+        "bytes": sum(pc.sum(pc.binary_length(table[name])).as_py() or 0 for name in ("source", "target")),
+        "starts": [int.from_bytes(rows[start].hash[:8], "big") for start in starts],
+    }
+
+
+def check_rejected(limit: float | int, read: int, rejected: int, rows: list[dict[str, Any]]) -> None:
+    """Nothing, if no more rows than allowed could not be read.
+
+    :param limit: as `corpus.max_rejected`.
+    :param rows: some of those that could not; the error shows the first.
+    :raises InputError: there are more.
+    """
+    if rejected <= (limit * read if isinstance(limit, float) else limit):
+        return
+    shown = f"{limit:.2%} of the rows" if isinstance(limit, float) else f"{limit} rows"
+    raise InputError(
+        f"corpus: {rejected:,} of {read:,} rows could not be read, corpus.max_rejected allows {shown}; the first:"
+        f" {rows[0]['file']}, at {rows[0]['position']}: {rows[0]['error']}"
+    )
+
+
+def write_dropped(file: StoragePath, rows: list[Dropped]) -> None:
+    """Publish dropped rows with their reasons as a parquet file."""
+    table = pa.Table.from_pylist([asdict(row) for row in rows], DROPPED)
+    with file.writing() as stream:
+        pq.write_table(table, stream, compression="zstd")
+
+
+def _excerpt(row: Cleaned | Dropped) -> str:
+    return row.source[:_EXCERPT_CHARS] + (f" → {row.target[:_EXCERPT_CHARS]}" if row.target is not None else "")

@@ -1,0 +1,198 @@
+"""The second step: rows of all units in the order of their hashes, without copies and without evaluation texts.
+
+A part of the corpus is a range of hashes. That order shuffles the corpus, brings copies together and does not depend on
+files, their cut or the number of workers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from raylm.corpus.cleaning import write_dropped
+from raylm.corpus.plan import Plan
+from raylm.corpus.rows import CLEANED, DOCUMENT, Dropped
+from raylm.corpus.shingles import Hashes, shingles
+from raylm.corpus.sources import read_texts
+from raylm.corpus.steps import Result, read_table, run_step, write_table
+from raylm.storage import StoragePath
+
+MERGED = pa.schema(
+    [
+        ("kind", pa.string()),
+        ("to", pa.string()),
+        ("split", pa.string()),
+        ("source", pa.string()),
+        ("target", pa.string()),
+        ("language", pa.string()),
+        ("from", pa.uint16()),  # the number of the source among corpus.documents and corpus.pairs
+        ("rank", pa.uint64()),  # the place among all rows, in the order of sources, files and positions
+        ("content", pa.uint64()),  # a hash of the text
+    ]
+)
+_CLUSTERS = 5
+_EVALUATION = "evaluation.arrow"
+_NUMBER_BITS = 40
+
+
+def merge(plan: Plan, cleaned: list[Result]) -> list[Result]:
+    """What became of each part: how many rows are left, dropped as copies or contaminated; the largest groups."""
+    place = plan.place("merge")
+    runs = [(number, run) for number, result in enumerate(cleaned) for run in result["runs"]]
+    parts = max(math.ceil(sum(run["bytes"] for _, run in runs) / (plan.corpus.shard_mb * 1e6)), 1)
+    if plan.corpus.decontaminate.against:
+        _write_evaluation(plan, place / _EVALUATION)
+    return run_step(place, "prepare: merge", part_names(parts), lambda part: _merge_part(plan, runs, part, parts))
+
+
+def part_names(parts: int) -> list[str]:
+    return [f"part-{part:05d}" for part in range(parts)]
+
+
+def merged_file(plan: Plan, part: int) -> StoragePath:
+    """Where the rows of a part are, in the schema `MERGED`; a document's id is `part << 32 | row`."""
+    return plan.place("merge") / f"part-{part:05d}.arrow"
+
+
+def _merge_part(plan: Plan, runs: Sequence[tuple[int, Result]], part: int, parts: int) -> Result:
+    table = _ranged(plan, runs, -(-(part << 64) // parts), -(-((part + 1) << 64) // parts))
+    splits = _splits(table, plan.corpus.validation)
+    table = table.append_column("decided", pa.array(splits, pa.string()))
+    table = table.append_column("held_out", pa.array(splits != "train", pa.bool_()))
+    order = pc.sort_indices(table, sort_keys=[("hash", "ascending"), *_preference(plan), *_CONTENT_ORDER])
+    table = table.take(order)
+    hashes = table["hash"].combine_chunks()
+    is_first = np.ones(len(table), bool)
+    if len(table) > 1:
+        is_first[1:] = pc.not_equal(hashes[1:], hashes[:-1]).to_numpy(zero_copy_only=False)
+    group = np.cumsum(is_first) - 1
+    sizes = np.bincount(group) if len(table) else np.zeros(0, int)
+    kept = table.filter(pa.array(is_first))
+    largest = np.argsort(-sizes, kind="stable")[:_CLUSTERS]
+    clusters = [
+        {"copies": int(sizes[at]), "text": kept["source"][int(at)].as_py()[:300]} for at in largest if sizes[at] > 1
+    ]
+    dropped = _dropped(table.filter(pa.array(~is_first)), "duplicate", plan)
+
+    contaminated = _contaminated(plan, kept)
+    dropped += _dropped(kept.filter(pa.array(contaminated)), "contaminated", plan)
+    kept = kept.filter(pa.array(~contaminated))
+    write_table(
+        merged_file(plan, part),
+        pa.table(
+            [kept["kind"], kept["to"], kept["decided"], kept["source"], kept["target"], kept["language"], kept["from"],
+             kept["rank"], kept["split_hash"]],
+            schema=MERGED,
+        ),
+    )  # fmt: skip
+    if dropped:
+        write_dropped(plan.place("merge") / f"part-{part:05d}-dropped.parquet", dropped)
+    return {
+        "rows": len(kept),
+        "counts": {"dropped.duplicate": int((~is_first).sum()), "dropped.contaminated": int(contaminated.sum())},
+        "clusters": clusters,
+    }
+
+
+_CONTENT_ORDER = [(name, "ascending") for name in ("decided", "source", "target", "from", "rank")]
+
+
+def _preference(plan: Plan) -> list[tuple[str, str]]:
+    """Which of some copies stays: one that is held out decides for all, then what `dedup.keep` says."""
+    by = [("rank", "ascending")] if plan.corpus.dedup.keep == "first" else [("bytes", "descending")]
+    return [("held_out", "descending"), *by]
+
+
+def _ranged(plan: Plan, runs: Sequence[tuple[int, Result]], low: int, high: int) -> pa.Table:
+    """The cleaned rows of all units whose hash, read as a number, lies in a range."""
+    pieces = [CLEANED.empty_table().append_column("from", pa.array([], pa.uint16())).append_column(
+        "rank", pa.array([], pa.uint64())
+    )]  # fmt: skip
+    for number, run in runs:
+        starts = run["starts"]
+        first = max(np.searchsorted(np.array(starts, np.uint64), np.uint64(low), "left").item() - 1, 0)
+        last = next((at for at in range(first, len(starts)) if starts[at] >= high), len(starts))
+        if first >= last:
+            continue
+        with (plan.place("clean") / run["file"]).open_input() as stream:
+            reader = pa.ipc.open_file(stream)
+            batches = [reader.get_batch(at) for at in range(first, last)]
+        piece = pa.Table.from_batches(batches)
+        prefixes = _prefixes(piece["hash"])
+        inside = prefixes >= np.uint64(low)
+        if high < 1 << 64:
+            inside &= prefixes < np.uint64(high)
+        piece = piece.filter(pa.array(inside))
+        ranks = piece["number"].to_numpy().astype(np.uint64) + np.uint64(number << _NUMBER_BITS)
+        piece = piece.append_column("from", pa.array([plan.units[number].source] * len(piece), pa.uint16()))
+        pieces.append(piece.append_column("rank", pa.array(ranks)))
+    table = pa.concat_tables(pieces).combine_chunks()
+    lengths = [pc.fill_null(pc.binary_length(table[name]), 0) for name in ("source", "target")]
+    return table.append_column("bytes", pc.add(*lengths))
+
+
+def _prefixes(hashes: pa.ChunkedArray) -> Hashes:
+    """The first eight bytes of each hash as a number."""
+    raw = b"".join(hashes.to_pylist())
+    return np.frombuffer(raw, ">u8")[::2].astype(np.uint64)
+
+
+def _splits(table: pa.Table, validation: float) -> NDArray[np.object_]:
+    """The split of each row: what its source says, else what the hash of its content or of its pair's source says."""
+
+    def positions(name: str) -> NDArray[np.float64]:
+        numbers: NDArray[np.uint64] = pc.fill_null(table[name], 2**64 - 1).to_numpy()
+        return numbers.astype(np.float64) / 2**64
+
+    is_pair = pc.not_equal(table["kind"], DOCUMENT).to_numpy(zero_copy_only=False)
+    own, linked = positions("split_hash"), positions("linked_hash")
+    splits = np.full(len(table), "train", object)
+    splits[is_pair & (own < 2 * validation)] = "test"
+    splits[~is_pair & (linked < 2 * validation)] = "validation"
+    splits[own < validation] = "validation"
+    said = np.array(table["split"].to_pylist(), object)
+    return np.where(said == None, splits, said)  # noqa: E711 - element by element
+
+
+def _dropped(rows: pa.Table, reason: str, plan: Plan) -> list[Dropped]:
+    if not plan.corpus.keep_dropped:
+        return []
+    return [Dropped(reason, r["kind"], r["source"], r["target"]) for r in rows.to_pylist()]
+
+
+# ------------------------------------------------------------------------------------ decontamination
+
+
+def _write_evaluation(plan: Plan, file: StoragePath) -> None:
+    """Publish the n-gram hashes of all evaluation texts."""
+    if file.is_file():
+        return
+    rules = plan.corpus.decontaminate
+    texts = chain.from_iterable(
+        read_texts(source, f"corpus.decontaminate.against[{number}]") for number, source in enumerate(rules.against)
+    )
+    hashes, _ = shingles(list(texts), rules.ngram_words)
+    write_table(file, pa.table({"hash": np.unique(hashes)}))
+
+
+def _contaminated(plan: Plan, rows: pa.Table) -> NDArray[np.bool_]:
+    """Which training rows share an n-gram with an evaluation text (Brown et al. 2020, appendix C)."""
+    found = np.zeros(len(rows), bool)
+    if not plan.corpus.decontaminate.against:
+        return found
+    forbidden = read_table(plan.place("merge") / _EVALUATION)["hash"].to_numpy()
+    training = pc.equal(rows["decided"], "train").to_numpy(zero_copy_only=False)
+    for name in ("source", "target"):
+        hashes, offsets = shingles(
+            [text or "" for text in rows[name].to_pylist()], plan.corpus.decontaminate.ngram_words
+        )
+        hits = np.concatenate([[0], np.cumsum(np.isin(hashes, forbidden))])
+        found |= hits[offsets[1:]] > hits[offsets[:-1]]
+    found &= training
+    return found

@@ -1,0 +1,113 @@
+"""What a preparation is to do, and what each of its steps depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from raylm.corpus.sources import Unit, list_files, plan_units
+from raylm.errors import InputError
+from raylm.settings import CorpusSettings, Settings
+from raylm.storage import StoragePath, fingerprint
+
+WORK = "_work"
+"""Below the artifact: what the steps wrote, so that a second start, or a changed setting, redoes only what it must."""
+_FORMAT = 2
+"""Raised when the same input and settings give other bytes than before."""
+_CLEAN = {"clean", "filters", "pair_filters", "pii", "keep_dropped"}
+_MERGE = {"validation", "shard_mb", "decontaminate"}
+_MINHASH = ("fuzzy", "shingle_words", "bands", "rows_per_band")
+_DEDUP = ("measure", "threshold", "keep")
+_PARAGRAPHS = ("paragraphs", "min_paragraph_chars")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Travels with the work to every worker."""
+
+    corpus: CorpusSettings
+    start_from: str | None
+    """A model whose tokenizer is taken."""
+    tokens: str
+    """The artifact's directory."""
+    units: tuple[Unit, ...]
+    evaluation: tuple[dict[str, Any], ...] = ()
+    """Name, size and time of each file to keep out of training."""
+
+    @property
+    def root(self) -> StoragePath:
+        return StoragePath(self.tokens)
+
+    @property
+    def key(self) -> str:
+        """Of all that the shards depend on."""
+        return self.keys["pack"]
+
+    def place(self, step: str) -> StoragePath:
+        """The directory of a step's results."""
+        return self.root / WORK / (step if step == "clean" else f"{step}-{self.keys[step][:16]}")
+
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """For each step, a hash of its settings, its inputs, and the steps before it."""
+        corpus = self.corpus.model_dump(mode="json")
+        dedup = corpus["dedup"]
+        keys: dict[str, str] = {"clean": self._clean_key}
+        sources = [unit.source for unit in self.units]
+        keys["merge"] = fingerprint(
+            [self.unit_names, sources, dedup["keep"], {name: corpus[name] for name in _MERGE}, self.evaluation]
+        )
+        keys["minhash"] = fingerprint([keys["merge"], [dedup[name] for name in _MINHASH]])
+        keys["dedup"] = fingerprint([keys["minhash"], [dedup[name] for name in _DEDUP]])
+        keys["paragraphs"] = fingerprint([keys["dedup"], [dedup[name] for name in _PARAGRAPHS]])
+        keys["tokenizer"] = fingerprint(
+            [keys["paragraphs"], corpus["tokenizer"], self.start_from, self.task_languages, bool(self.corpus.documents)]
+        )
+        keys["tokenize"] = fingerprint([keys["tokenizer"], "tokenize"])
+        mixture = [[source.get("weight"), source.get("epochs")] for source in corpus["documents"]]
+        keys["pack"] = fingerprint([keys["tokenize"], corpus["sequence_length"], corpus["pack"], mixture])
+        return keys
+
+    @property
+    def _clean_key(self) -> str:
+        corpus = self.corpus.model_dump(mode="json")
+        return fingerprint([_FORMAT, {name: corpus[name] for name in _CLEAN}, corpus["dedup"]["pairs"]])
+
+    @cached_property
+    def unit_names(self) -> list[str]:
+        """What each unit's cleaned rows are called: a hash of what they depend on."""
+        names, key = [], self._clean_key
+        for unit in self.units:
+            content = [key, unit.kind, unit.identity, unit.documents, unit.pairs]
+            names.append(f"unit-{fingerprint(content)}")
+        return names
+
+    @property
+    def task_languages(self) -> list[str]:
+        """The target languages that get a task token."""
+        wanted = {getattr(source, "to", None) for source in self.corpus.pairs}
+        return sorted({*self.corpus.tokenizer.languages, *(language for language in wanted if language)})
+
+
+def make_plan(settings: Settings) -> Plan:
+    """The plan of the settings' corpus; files are looked at, not read.
+
+    :raises InputError: there is no source, or one is missing or damaged.
+    """
+    corpus = settings.corpus
+    units = tuple(plan_units(corpus))
+    if not units:
+        raise InputError("corpus: no sources; name some under corpus.documents or corpus.pairs")
+    evaluation = [
+        file.identity
+        for number, source in enumerate(corpus.decontaminate.against)
+        for file in list_files(source, f"corpus.decontaminate.against[{number}]")
+    ]
+    return Plan(
+        corpus=corpus,
+        start_from=corpus.tokenizer.start_from or settings.model.start_from,
+        tokens=(StoragePath(settings.storage) / "tokens" / corpus.name).uri,
+        units=units,
+        evaluation=tuple(evaluation),
+    )
