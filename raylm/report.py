@@ -34,6 +34,7 @@ STAGES = ("prepare", "pretrain", "finetune", "evaluate", "export", "batch-transl
 
 _MOST_SAMPLES = 30
 _SHOWN_SAMPLES = 6
+_SHOWN_LANGUAGES = 12
 _MOST_POINTS = 2_000
 
 
@@ -157,6 +158,7 @@ def render_page(found: Found) -> str:
         percent=percent,
         charts=lambda artifact: [(what, Markup(svg)) for what, svg in run_charts(artifact)],
         shown_samples=_SHOWN_SAMPLES,
+        shown_languages=_SHOWN_LANGUAGES,
     )
 
 

@@ -68,11 +68,20 @@ def manifest_facts(manifest: Manifest) -> list[tuple[str, str]]:
     if manifest.stage == "prepare":
         read, kept = counts["read"], counts["kept"]
         dropped = ", ".join(f"{reason} {number:,}" for reason, number in drop_reasons(manifest))
+        rejected = counts.get("rejected", 0)
+        masked = {name.partition(".")[2]: n for name, n in counts.items() if name.startswith("masked.")}
+        padding = f", {percent(metrics['padding'], 1)} padding" if metrics.get("padding") else ""
         return [
             ("read", f"{read:,} rows, {size(manifest.inputs['bytes'])} at {metrics['mb_per_s']} MB/s"),
+            *([("unreadable", f"{rejected:,} rows, see rejected/rows.jsonl")] if rejected else []),
             ("kept", f"{kept:,} rows ({percent(kept, read)})"),
-            ("dropped", f"{read - kept:,} rows ({percent(read - kept, read)})" + f": {dropped}" * bool(dropped)),
-            ("tokens", f"{metrics['tokens']:,}"),
+            (
+                "dropped",
+                f"{read - kept - rejected:,} rows ({percent(read - kept - rejected, read)})"
+                + f": {dropped}" * bool(dropped),
+            ),
+            *([("masked", ", ".join(f"{kind} {n:,}" for kind, n in masked.items()))] if masked else []),
+            ("tokens", f"{metrics['tokens']:,}{padding}"),
         ]
     if manifest.stage in ("pretrain", "finetune"):
         loss, perplexity = metrics["validation_loss"], metrics["validation_perplexity"]

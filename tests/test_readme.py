@@ -38,6 +38,12 @@ def test_make_knows_the_targets_of_the_readme(target: str) -> None:
     subprocess.run(["make", "--dry-run", target], cwd=REPOSITORY, check=True, capture_output=True)
 
 
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL))
+def test_the_settings_of_the_readme_are_valid(block: str) -> None:
+    values = yaml.safe_load(block)
+    Settings.model_validate(values["metadata"]["raylm"] if "metadata" in values else values)
+
+
 def test_paths_of_the_readme_exist() -> None:
     for path in re.findall(r"\]\(([\w./-]+)\)", README):
         assert (REPOSITORY / path).exists(), path

@@ -379,3 +379,40 @@ def test_import_is_light() -> None:
     heavy = "{'ray', 'torch', 'matplotlib', 'jinja2', 'transformers'}"
     code = f"import raylm.report, sys; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_a_preparation_shows_sources_lengths_languages_copies_samples_and_unreadable_rows(tmp_path: Path) -> None:
+    manifest = prepare_manifest()
+    manifest.counts |= {"rejected": 7, "read": 1_007, "masked.email": 12}
+    manifest.metrics["padding"] = 0.004
+    manifest.statistics = {
+        "sources": [
+            {
+                "name": f"corpus.documents[{n}]",
+                "describes": f"jsonl {n}.jsonl",
+                "counts": {"read": 500, "kept_clean": 450},
+            }
+            for n in range(2)
+        ],
+        "lengths": {"documents": [[1_024, 300], [2_048, 0], [4_096, 100]], "pairs": []},
+        "languages": {"documents": {"en": 390, "zh": 10}, "pairs": {}},
+        "duplicates": [{"copies": 12, "text": f"copied {HOSTILE}", "other": "nearly copied"}],
+        "samples": {"kept": ["a kept text"], "dropped.too_short": [HOSTILE]},
+        "rejected": [{"file": "a.jsonl", "position": 99, "stage": "read", "error": "not JSON", "excerpt": HOSTILE}],
+    }
+    manifest.write(StoragePath(str(tmp_path / "tokens/default")))
+    write_report(str(tmp_path))
+    page = (tmp_path / "report.html").read_text()
+    for shown in ("corpus.documents[1]", "1,024", "4,096", "75.0 %", "97.5 %", "12 alike", "nearly copied",
+                  "a kept text", "Samples: too short", "a.jsonl, at 99: not JSON", "unreadable"):  # fmt: skip
+        assert shown in page, shown
+    assert HOSTILE not in page
+    assert page.count("&lt;script&gt;alert") == 3
+    table = manifest_table(manifest)
+    for shown in (
+        "7 rows, see rejected/rows.jsonl",
+        "200 rows (19.9 %): too short 150, duplicate 50",
+        "email 12",
+        "10,000, 0.4 % padding",
+    ):
+        assert shown in table, table
