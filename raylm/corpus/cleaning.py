@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raylm.corpus.plan import Plan
+from raylm.corpus.reading import read_unit
 from raylm.corpus.rows import CLEANED, Cleaned, Dropped, cleaned_records
-from raylm.corpus.sources import read_unit
 from raylm.corpus.steps import Result, run_step, write_table
 from raylm.errors import InputError
 from raylm.storage import StoragePath

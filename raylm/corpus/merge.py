@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from raylm.corpus.cleaning import write_dropped
 from raylm.corpus.plan import Plan
+from raylm.corpus.reading import read_texts
 from raylm.corpus.rows import CLEANED, DOCUMENT, Dropped
 from raylm.corpus.shingles import Hashes, shingles
-from raylm.corpus.sources import read_texts
 from raylm.corpus.steps import Result, read_table, run_step, write_table
 from raylm.storage import StoragePath
 

@@ -1,4 +1,4 @@
-"""Where text comes from: each source is cut into units that one worker reads at once, each unit gives records.
+"""Where text comes from: each source is cut into units, and a unit is what one worker reads at once.
 
 A unit is plain data. Which units there are never shows in the result: one after the other they give the same records
 however they are cut, and what comes after puts records in order by a hash of their content.
@@ -6,7 +6,6 @@ however they are cut, and what comes after puts records in order by a hash of th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -16,12 +15,11 @@ from typing import Any, Literal
 import pyarrow as pa
 from pyarrow.fs import FileInfo
 
-from raylm.corpus import cldr, docstrings, readers
-from raylm.corpus.markup import check_markup, html_text, plain_text
-from raylm.corpus.readers import check_column, opened_parquet
-from raylm.corpus.records import Document, Pair, Record, Rejected, Split
+from raylm.corpus import cldr, docstrings, readers, tables
+from raylm.corpus.markup import check_markup
+from raylm.corpus.readers import check_column
+from raylm.corpus.tables import opened_parquet
 from raylm.errors import InputError
-from raylm.sentences import split_text
 from raylm.settings import (
     CldrSource,
     CorpusSettings,
@@ -32,8 +30,6 @@ from raylm.settings import (
     PairFileSource,
 )
 from raylm.storage import StoragePath, find_files
-
-__all__ = ["Unit", "check_column", "list_files", "opened_parquet", "plan_units", "read_texts", "read_unit"]
 
 _MIN_UNIT_BYTES = 8 << 20
 _MAX_UNIT_BYTES = 256 << 20
@@ -61,7 +57,6 @@ _MAY_BE_TEXT = (
     *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null),
     *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view),
 )
-_PARAGRAPH_END = re.compile(r"\n\s*\n")
 
 AnyFileSource = FileSource | PairFileSource | EvaluationSource
 
@@ -252,7 +247,7 @@ def _pieces(found: FoundFile, source: FileSource | PairFileSource, unit_bytes: i
         yield from _row_ranges(file, _columns(source), unit_bytes)
         return
     if source.type == "datasets":
-        with readers.opened_arrow(file) as reader:
+        with tables.opened_arrow(file) as reader:
             _check_text_columns(file, reader.schema, _columns(source))
     if source.type == "csv":
         for column in _columns(source):
@@ -280,7 +275,7 @@ def _row_ranges(file: StoragePath, columns: list[str], unit_bytes: int) -> Itera
         start = stop = size = 0
         for number in range(parquet.num_row_groups):
             group = parquet.metadata.row_group(number)
-            group_bytes = readers.column_bytes(group, columns)
+            group_bytes = tables.column_bytes(group, columns)
             if size and size + group_bytes > unit_bytes:
                 yield {"start": start, "stop": stop, "bytes": size}
                 start, size = stop, 0
@@ -362,127 +357,3 @@ def _docstring_units(
                 batch = []
             if entry is not None:
                 batch.append(entry)
-
-
-# ------------------------------------------------------------------------------------------ reading
-
-
-def read_unit(unit: Unit) -> Iterator[Record]:
-    """The records of a unit, in their order.
-
-    :raises InputError: its file is damaged.
-    """
-    if unit.kind == "cldr":
-        for number, pair in enumerate(cldr.pairs(**unit.arguments), unit.arguments["start"]):
-            split: Split | None = "test" if pair.split == "test" else None
-            yield Pair("translate", unit.arguments["to"], pair.source, pair.target, split, position=number)
-    elif unit.kind == "docstrings":
-        yield from _read_docstrings(unit)
-    else:
-        several = len({piece["file"] for piece in unit.arguments["pieces"]}) > 1
-        for piece in unit.arguments["pieces"]:
-            for record in _read_piece(piece, unit.arguments["settings"], unit.documents):
-                if several and isinstance(record, Rejected):
-                    record = replace(record, file=str(StoragePath(piece["file"])))
-                yield record
-
-
-def _read_docstrings(unit: Unit) -> Iterator[Record]:
-    number = 0
-    for path in unit.arguments["paths"]:
-        try:
-            found = list(docstrings.docstrings(Path(path).read_bytes()))
-        except (SyntaxError, OSError) as error:
-            yield Rejected(f"not Python source: {error}", file=path)
-            continue
-        for _, text in found:
-            number += 1
-            pair = docstrings.summary_pair(text) if unit.pairs else None
-            if pair is not None:
-                yield Pair("summarize", None, *pair, with_document=unit.documents, position=number)
-            if unit.documents:
-                yield Document(text, position=number)
-
-
-def _read_piece(piece: dict[str, Any], settings: dict[str, Any], documents: bool) -> Iterator[Record]:
-    columns = [settings["column"]] if documents else [settings["source"], settings["target"]]
-    for row in _rows(piece, settings["type"], columns):
-        if isinstance(row, Rejected):
-            yield row
-        elif documents:
-            yield from _documents(row, settings)
-        else:
-            texts = readers.row_texts(row, columns)
-            if isinstance(texts, Rejected):
-                yield texts
-            else:
-                source, target = texts
-                yield Pair(settings["task"], settings["to"], source, target, settings["split"], position=row.position)
-
-
-def _documents(row: readers.Row, settings: dict[str, Any]) -> Iterator[Document | Rejected]:
-    split: Split | None = "validation" if settings["validation"] else None
-    if settings["type"] == "html":
-        text = html_text(row.values[0])
-    else:
-        texts = readers.row_texts(row, [settings["column"]])
-        if isinstance(texts, Rejected):
-            yield texts
-            return
-        text = plain_text(texts[0], "markdown" if settings["type"] == "markdown" else settings["markup"])
-    for part in _parts(text, settings["split_into"]):
-        yield Document(part, split, row.position)
-
-
-def _parts(text: str, into: str) -> Iterator[str]:
-    if into == "document":
-        yield text
-    elif into == "paragraph":
-        yield from filter(str.strip, _PARAGRAPH_END.split(text))
-    else:
-        yield from split_text(text).sentences
-
-
-def _rows(piece: dict[str, Any], kind: str, columns: list[str]) -> Iterator[readers.Row | Rejected]:
-    """The rows of a range of a file."""
-    file, start, stop = StoragePath(piece["file"]), piece["start"], piece["stop"]
-    if kind == "parquet":
-        yield from readers.parquet_rows(file, start, stop, columns)
-    elif kind == "datasets":
-        yield from readers.arrow_rows(file, columns)
-    elif kind == "jsonl":
-        yield from readers.jsonl_rows(file, start, stop, columns)
-    elif kind == "csv":
-        yield from readers.csv_rows(file, start, stop, columns)
-    elif kind == "gettext":
-        yield from readers.gettext_rows(file)
-    elif kind in ("markdown", "html"):
-        yield readers.whole_file(file)
-    elif piece["target"] is not None:
-        part = readers.AlignedRange(start, stop, piece["target_start"], piece["target_stop"])
-        yield from readers.aligned_rows(file, StoragePath(piece["target"]), part)
-    else:
-        yield from readers.text_blocks(file, start, stop)
-
-
-def read_texts(source: EvaluationSource, key: str) -> Iterator[str]:
-    """The texts of an evaluation set, column after column; rows without a text in a column are passed over.
-
-    :param key: where in the YAML the source stands, such as `corpus.decontaminate.against[0]`.
-    :raises InputError: a row cannot be read, or a column has no text at all: what is not read would not be kept out.
-    """
-    columns = ("text",) if source.type == "text" else source.columns
-    for column in columns:
-        texts = 0
-        for found in list_files(source, key):
-            piece = {"file": found.place.uri, "target": None, "start": 0, "stop": readers.END}
-            for row in _rows(piece, source.type, [column]):
-                if isinstance(row, readers.Row) and row.values[0] is None:
-                    continue
-                read = row if isinstance(row, Rejected) else readers.row_texts(row, [column])
-                if isinstance(read, Rejected):
-                    raise InputError(f"{found.place}, at {read.position}: {read.error}")
-                texts += 1
-                yield read[0]
-        if not texts:
-            raise InputError(f"{key}: {source.path}: no text in column '{column}'")

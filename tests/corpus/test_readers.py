@@ -21,7 +21,7 @@ from babel.messages.pofile import write_po
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raylm.corpus import readers
+from raylm.corpus import catalogs, readers, tables
 from raylm.corpus.readers import END, AlignedRange, Row, row_texts
 from raylm.corpus.records import Rejected
 from raylm.errors import InputError
@@ -136,7 +136,7 @@ def test_parquet_rows_come_once_across_row_groups(folder: Path, rows: int, group
     found = [
         row
         for start, stop in itertools.pairwise(bounds)
-        for row in readers.parquet_rows(place(folder / "a.parquet"), start, stop, ["text"])
+        for row in tables.parquet_rows(place(folder / "a.parquet"), start, stop, ["text"])
     ]
     assert [(row.position, row.values) for row in found] == [(n, [f"row {n}"]) for n in range(rows)]
 
@@ -299,7 +299,7 @@ def test_null_and_damaged_texts_of_parquet_cost_themselves_alone(tmp_path: Path)
     column = pa.chunked_array([damaged, pa.array(["ü", None])])
     pq.write_table(pa.table({"text": column, "code": column.cast(pa.large_binary())}), tmp_path / "a.parquet")
     for name in ("text", "code"):
-        read = [row_texts(row, [name]) for row in readers.parquet_rows(place(tmp_path / "a.parquet"), 0, 5, [name])]
+        read = [row_texts(row, [name]) for row in tables.parquet_rows(place(tmp_path / "a.parquet"), 0, 5, [name])]
         assert [row[0] for row in read if isinstance(row, tuple)] == ["a", "c", "ü"]
         assert rejected(row for row in read if isinstance(row, Rejected)) == [
             (f"{name}: not UTF-8 text, see its byte 0", 1),
@@ -313,7 +313,7 @@ def test_a_cut_off_parquet_row_group_is_named(tmp_path: Path) -> None:
     data = file.read_bytes()
     file.write_bytes(data[:100] + bytes(3_000) + data[3_100:])
     with pytest.raises(InputError, match="a.parquet: not readable as parquet: "):
-        list(readers.parquet_rows(place(file), 0, END, ["text"]))
+        list(tables.parquet_rows(place(file), 0, END, ["text"]))
 
 
 # -------------------------------------------------------------------------------------- Arrow, as saved
@@ -325,11 +325,11 @@ def test_arrow_files_of_both_formats_are_read(tmp_path: Path, kind: str) -> None
     new = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
     with new(str(tmp_path / "a.arrow"), data.schema) as writer:
         writer.write_table(data, max_chunksize=1_700)
-    rows = list(readers.arrow_rows(place(tmp_path / "a.arrow"), ["text"]))
+    rows = list(tables.arrow_rows(place(tmp_path / "a.arrow"), ["text"]))
     assert [(row.position, row.values) for row in rows] == [(n, [f"row {n}"]) for n in range(3_000)]
     (tmp_path / "a.arrow").write_bytes((tmp_path / "a.arrow").read_bytes()[:5_000])
     with pytest.raises(InputError, match="a.arrow: not readable as an Arrow stream"):
-        list(readers.arrow_rows(place(tmp_path / "a.arrow"), ["text"]))
+        list(tables.arrow_rows(place(tmp_path / "a.arrow"), ["text"]))
 
 
 # --------------------------------------------------------------------------------------- aligned, gettext
@@ -367,7 +367,7 @@ PAIRS = [
 
 
 def pairs(path: Path) -> list[tuple[str, ...]]:
-    return [row_texts(row, "st") for row in readers.gettext_rows(place(path)) if isinstance(row, Row)]  # type: ignore[misc]
+    return [row_texts(row, "st") for row in catalogs.gettext_rows(place(path)) if isinstance(row, Row)]  # type: ignore[misc]
 
 
 def test_catalogs_give_their_translated_messages(tmp_path: Path, catalog: Catalog) -> None:
@@ -379,7 +379,7 @@ def test_catalogs_give_their_translated_messages(tmp_path: Path, catalog: Catalo
     assert pairs(tmp_path / "pl.po") == PAIRS
     assert sorted(pairs(tmp_path / "pl.mo")) == sorted(PAIRS)
     lines = (tmp_path / "pl.po").read_text().splitlines()
-    first = next(iter(readers.gettext_rows(place(tmp_path / "pl.po"))))
+    first = next(iter(catalogs.gettext_rows(place(tmp_path / "pl.po"))))
     assert "Open" in "".join(lines[first.position - 1 : first.position + 2])
 
 
@@ -392,7 +392,7 @@ def test_a_malformed_message_costs_itself_alone(
     content = text.getvalue().replace(b'msgctxt "menu"', broken + b'msgctxt "menu"')
     (tmp_path / "pl.po").write_bytes(content)
     assert pairs(tmp_path / "pl.po") == PAIRS
-    found = rejected(readers.gettext_rows(place(tmp_path / "pl.po")))
+    found = rejected(catalogs.gettext_rows(place(tmp_path / "pl.po")))
     first = content[: content.index(b'msgid "broken')].count(b"\n") + 1
     assert [position for _, position in found] == [first, first + 3]
     assert capsys.readouterr().out == ""
@@ -404,4 +404,4 @@ def test_a_damaged_mo_file_is_named(tmp_path: Path, catalog: Catalog) -> None:
     for content in ((tmp_path / "pl.mo").read_bytes()[:100], b"no catalog", b"x"):
         (tmp_path / "pl.mo").write_bytes(content)
         with pytest.raises(InputError, match="pl.mo: not readable as a gettext catalog"):
-            list(readers.gettext_rows(place(tmp_path / "pl.mo")))
+            list(catalogs.gettext_rows(place(tmp_path / "pl.mo")))

@@ -15,8 +15,9 @@ import zstandard
 from pyarrow import fs
 
 from raylm.corpus import sources
+from raylm.corpus.reading import read_texts, read_unit
 from raylm.corpus.records import Document, Pair, Rejected
-from raylm.corpus.sources import Unit, plan_units, read_texts, read_unit
+from raylm.corpus.sources import Unit, plan_units
 from raylm.errors import InputError
 from raylm.settings import CorpusSettings, EvaluationSource
 
