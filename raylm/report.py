@@ -21,11 +21,13 @@ from raylm.summary import (
     drop_reasons,
     manifest_facts,
     percent,
+    reason_line,
     rendered,
     score_rows,
     score_sets,
     size,
     stage_table,
+    text_facts,
 )
 
 PAGE = "report.html"
@@ -34,7 +36,7 @@ STAGES = ("prepare", "pretrain", "finetune", "evaluate", "export", "batch-transl
 
 _MOST_SAMPLES = 30
 _SHOWN_SAMPLES = 6
-_SHOWN_LANGUAGES = 12
+_SHOWN_LANGUAGES = 8
 _MOST_POINTS = 2_000
 
 
@@ -151,15 +153,105 @@ def render_page(found: Found) -> str:
         found=found,
         version=__version__,
         facts=manifest_facts,
-        drop_reasons=drop_reasons,
+        text_facts=text_facts,
+        reason_line=reason_line,
+        funnel=funnel,
+        reasons=reasons,
+        splits=splits,
+        lengths=lengths,
+        languages=languages,
+        sample_groups=sample_groups,
         score_sets=score_sets,
         score_rows=score_rows,
         score_names=SCORES,
-        percent=percent,
         charts=lambda artifact: [(what, Markup(svg)) for what, svg in run_charts(artifact)],
         shown_samples=_SHOWN_SAMPLES,
-        shown_languages=_SHOWN_LANGUAGES,
     )
+
+
+# ------------------------------------------------------------------------------------------ the corpus
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A row of a table with bars: a count and its share of a whole, which is as long as all the bar's room.
+
+    :param before: how much of the room is empty before the bar.
+    :param full: what fills the room, where that is not the whole.
+    """
+
+    label: str
+    count: int
+    whole: int
+    kind: str = ""
+    before: int = 0
+    full: int | None = None
+
+    @property
+    def share(self) -> str:
+        return percent(self.count, self.whole)
+
+    @property
+    def style(self) -> str:
+        """Where the bar lies; one that begins at the very end can still be seen."""
+        room = (self.whole if self.full is None else self.full) or 1
+        left, width = (f"{100 * number / room:.2f}%" for number in (self.before, self.count))
+        return (f"margin-left: min({left}, 100% - 2px); " if self.before else "") + f"width: {width}"
+
+
+def funnel(manifest: Manifest) -> list[Bar]:
+    """Rows read, lost and kept; a loss lies where the rows left after it end."""
+    counts = manifest.counts
+    read, unreadable, kept = counts["read"], counts.get("rejected", 0), counts["kept"]
+    readable = read - unreadable
+    bars = [Bar("read", read, read)]
+    if unreadable:
+        bars += [Bar("unreadable", unreadable, read, "dropped", before=readable), Bar("readable", readable, read)]
+    return [*bars, Bar("dropped", readable - kept, read, "dropped", before=kept), Bar("kept", kept, read, "model")]
+
+
+def reasons(manifest: Manifest) -> list[Bar]:
+    """Why rows were dropped, of all rows read; the commonest reason fills its room."""
+    counted = drop_reasons(manifest.counts)
+    return [Bar(reason, n, manifest.counts["read"], "dropped", full=counted[0][1]) for reason, n in counted]
+
+
+def splits(manifest: Manifest) -> list[tuple[int, Bar]]:
+    """Each split's rows, and its tokens of all."""
+    rows, tokens = manifest.counts["rows"], manifest.counts["tokens"]
+    return [(rows[split], Bar(split, tokens[split], sum(tokens.values()))) for split in rows]
+
+
+def lengths(bins: list[list[int]]) -> list[Bar]:
+    """A histogram of texts by their characters, from the lower bounds of its bins, which are powers of two."""
+    counts = [count for _, count in bins]
+    total, full = sum(counts), max(counts, default=0)
+    labels = [f"{low:,}–{2 * low - 1:,}" if low > 1 else "1" for low, _ in bins]
+    return [Bar(label, count, total, "model", full=full) for label, count in zip(labels, counts, strict=True)]
+
+
+def languages(counts: dict[str, int]) -> list[Bar]:
+    """The commonest languages, and all others together."""
+    common = sorted(counts.items(), key=lambda row: (-row[1], row[0]))
+    others = common[_SHOWN_LANGUAGES:] if len(common) > _SHOWN_LANGUAGES + 1 else []
+    shown = common[: len(common) - len(others)]
+    if others:
+        shown.append((f"{len(others)} others", sum(count for _, count in others)))
+    total = sum(counts.values())
+    return [Bar(code or "not said", count, total, "model") for code, count in shown]
+
+
+def sample_groups(manifest: Manifest) -> list[tuple[str, str, int, list[str]]]:
+    """Texts kept and texts dropped for each reason: that reason, `kept` or `dropped`, how many there were, a few."""
+    counts, samples = manifest.counts, manifest.statistics.get("samples", {})
+    names = sorted((name for name in samples if samples[name]), key=lambda n: (n != "kept", -counts.get(n, 0), n))
+    return [
+        (name.replace(".", ": ").replace("_", " "), name.partition(".")[0], counts.get(name, 0), samples[name])
+        for name in names
+    ]
+
+
+# ------------------------------------------------------------------------------------ the course of a run
 
 
 # Colours that stand in the SVG until the page's own, which follow the reader's colour scheme, replace them.

@@ -20,6 +20,7 @@ SCORES = {"chrf": "chrF", "bleu": "BLEU", "exact_match": "exact match %"}
 SCORES |= {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 _MINOR_SCORES = ("ROUGE-1", "ROUGE-2")
 _MOST_FACTS = 12
+_MOST_REASONS = 5
 _MOST_PLACES = 3
 
 
@@ -66,23 +67,16 @@ def manifest_facts(manifest: Manifest) -> list[tuple[str, str]]:
     """What there is to say of an artifact besides its time and place, as labels and values."""
     counts, metrics = manifest.counts, manifest.metrics
     if manifest.stage == "prepare":
-        read, kept = counts["read"], counts["kept"]
-        dropped = ", ".join(f"{reason} {number:,}" for reason, number in drop_reasons(manifest))
-        rejected = counts.get("rejected", 0)
-        masked = {name.partition(".")[2]: n for name, n in counts.items() if name.startswith("masked.")}
-        padding = f", {percent(metrics['padding'], 1)} padding" if metrics.get("padding") else ""
-        return [
-            ("read", f"{read:,} rows, {size(manifest.inputs['bytes'])} at {metrics['mb_per_s']} MB/s"),
-            *([("unreadable", f"{rejected:,} rows, see rejected/rows.jsonl")] if rejected else []),
+        read, kept, unreadable = counts["read"], counts["kept"], counts.get("rejected", 0)
+        dropped, reasons = read - kept - unreadable, reason_line(counts)
+        facts = [("read", f"{read:,} rows, {size(manifest.inputs['bytes'])} at {metrics['mb_per_s']} MB/s")]
+        if unreadable:
+            facts.append(("unreadable", f"{unreadable:,} rows ({percent(unreadable, read)}), see rejected/rows.jsonl"))
+        facts += [
             ("kept", f"{kept:,} rows ({percent(kept, read)})"),
-            (
-                "dropped",
-                f"{read - kept - rejected:,} rows ({percent(read - kept - rejected, read)})"
-                + f": {dropped}" * bool(dropped),
-            ),
-            *([("masked", ", ".join(f"{kind} {n:,}" for kind, n in masked.items()))] if masked else []),
-            ("tokens", f"{metrics['tokens']:,}{padding}"),
+            ("dropped", f"{dropped:,} rows ({percent(dropped, read)})" + f": {reasons}" * bool(reasons)),
         ]
+        return facts + text_facts(manifest)
     if manifest.stage in ("pretrain", "finetune"):
         loss, perplexity = metrics["validation_loss"], metrics["validation_perplexity"]
         return [
@@ -124,10 +118,41 @@ def manifest_facts(manifest: Manifest) -> list[tuple[str, str]]:
     return [(name, f"{value:,}") for name, value in metrics.items() if isinstance(value, int | float)]
 
 
-def drop_reasons(manifest: Manifest) -> list[tuple[str, int]]:
+def text_facts(manifest: Manifest) -> list[tuple[str, str]]:
+    """What preparation did to the text of the rows that it kept, and which of its steps took how long."""
+    counts, metrics = manifest.counts, manifest.metrics
+    facts = []
+    if masked := _commonest(counts, "masked."):
+        facts.append(("masked", ", ".join(f"{kind} {number:,}" for kind, number in masked)))
+    if gone := counts.get("paragraphs_dropped"):
+        facts.append(("paragraphs", f"{gone:,} dropped that stood in the corpus before"))
+    if truncated := counts.get("truncated_documents"):
+        limit = manifest.settings["corpus"]["pack"]["max_document_tokens"]
+        facts.append(("truncated", f"{_counted(truncated, 'document')} to {limit:,} tokens"))
+    padding = metrics.get("padding")
+    facts.append(("tokens", f"{metrics['tokens']:,}" + (f", {percent(padding, 1)} padding" if padding else "")))
+    if steps := [f"{step} {duration(taken)}" for step, taken in metrics.get("seconds", {}).items() if round(taken)]:
+        facts.append(("time", ", ".join(steps)))
+    return facts
+
+
+def drop_reasons(counts: dict[str, Any]) -> list[tuple[str, int]]:
     """Why rows were dropped in preparation, the commonest reason first."""
-    named = [(name.partition("dropped.")[2].replace("_", " "), n) for name, n in manifest.counts.items()]
-    return sorted(((reason, n) for reason, n in named if reason and n), key=lambda row: (-row[1], row[0]))
+    return _commonest(counts, "dropped.")
+
+
+def reason_line(counts: dict[str, Any]) -> str:
+    """The commonest reasons for which rows were dropped, with their numbers, in a line."""
+    reasons = drop_reasons(counts)
+    if others := reasons[_MOST_REASONS:]:
+        reasons = [*reasons[:_MOST_REASONS], (_counted(len(others), "other reason"), sum(n for _, n in others))]
+    return ", ".join(f"{reason} {number:,}" for reason, number in reasons)
+
+
+def _commonest(counts: dict[str, Any], prefix: str) -> list[tuple[str, int]]:
+    """What is counted under names with a prefix, said without it, the largest number first, nothing that is 0."""
+    named = [(name.removeprefix(prefix).replace("_", " "), n) for name, n in counts.items() if name.startswith(prefix)]
+    return sorted(((name, n) for name, n in named if n), key=lambda row: (-row[1], row[0]))
 
 
 def score_sets(manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:

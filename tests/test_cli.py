@@ -106,7 +106,8 @@ def test_a_failing_command_exits_with_one_and_no_trace(tmp_path: Path, environme
     )  # fmt: skip
     assert found.returncode == 1
     assert found.stdout == ""
-    assert found.stderr.strip().splitlines()[-1].startswith("raylm: error: corpus.documents[0].path: absent.parquet")
+    last = found.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"raylm: error: corpus.documents[0].path: {Path.cwd()}/absent.parquet: no such file")
     assert "Traceback" not in found.stderr
     # Ray's own token would make every later `ray start` of this person ask for it.
     assert not (tmp_path / ".ray" / "auth_token").exists()

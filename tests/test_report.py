@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from raylm.errors import ArtifactError
-from raylm.report import write_report
+from raylm.report import Bar, funnel, languages, lengths, reasons, write_report
 from raylm.storage import Manifest, StoragePath
 from raylm.summary import manifest_table, percent, quickstart_summary, size
 
@@ -40,6 +42,37 @@ def prepare_manifest() -> Manifest:
         metrics={"mb_per_s": 1.25, "tokens": 10_000},
         wall_time_s=2.0,
     )
+
+
+def corpus_manifest() -> Manifest:
+    """A preparation with everything that a report can draw."""
+    manifest = prepare_manifest()
+    manifest.settings["corpus"]["pack"] = {"max_document_tokens": 512}
+    manifest.counts |= {"rejected": 7, "read": 1_007, "masked.email": 12, "masked.ip": 0, "masked.iban": 1_300}
+    manifest.counts |= {"paragraphs_dropped": 31, "truncated_documents": 1}
+    manifest.metrics |= {"padding": 0.004, "seconds": {"clean": 70.2, "merge": 0.2, "dedup": 3.3}}
+    counts = [
+        {"read": 507, "kept_clean": 400, "rejected": 7, "dropped.too_short": 98, "dropped.many_digits": 2},
+        {"read": 500, "kept_clean": 450, "dropped.too_short": 50},
+    ]
+    manifest.statistics = {
+        "sources": [
+            {"name": f"corpus.documents[{number}]", "describes": f"jsonl data/{number}.jsonl", "counts": counted}
+            for number, counted in enumerate(counts)
+        ],
+        "lengths": {"documents": [[1_024, 300], [2_048, 0], [4_096, 100]], "pairs": [[1, 100], [2, 300]]},
+        "languages": {"documents": {"zh": 10, "en": 390}, "pairs": {"de": 400}},
+        "duplicates": [
+            {"copies": 1_200, "text": f"copied {HOSTILE}", "other": "nearly copied"},
+            {"copies": 2, "text": "a copy"},
+        ],
+        "samples": {"dropped.duplicate": [], "dropped.too_short": [HOSTILE, "tiny"], "kept": ["a kept text"]},
+        "rejected": [
+            {"file": "data/a.jsonl", "position": 99, "stage": "read", "error": "not JSON", "excerpt": HOSTILE},
+            {"file": "data/b.jsonl", "position": 1_000, "stage": "clean", "error": "broken", "excerpt": ""},
+        ],
+    }
+    return manifest
 
 
 def training_manifest(stage: str, storage: Path) -> Manifest:
@@ -118,7 +151,7 @@ def storage(tmp_path: Path) -> Path:
         manifest.write(StoragePath(str(place)))
         return place
 
-    put(prepare_manifest(), "tokens/default")
+    put(corpus_manifest(), "tokens/default")
     for stage, scale in (("pretrain", 1.0), ("finetune", 0.5)):
         run = put(training_manifest(stage, root), f"runs/{stage}")
         (run / "metrics.jsonl").write_text(metrics_lines(scale))
@@ -176,10 +209,103 @@ def page_of(storage: Path) -> tuple[str, Page]:
 
 def test_page_shows_the_funnel_of_rows(storage: Path) -> None:
     text = page_of(storage)[1].text
-    assert "read 1,000 100.0 %" in text
-    assert "dropped: too short 150 15.0 % dropped: duplicate 50 5.0 % kept 800 80.0 %" in text
+    assert "read 1,007 100.0 % unreadable 7 0.7 % readable 1,000 99.3 % dropped 200 19.9 % kept 800 79.4 %" in text
+    assert "too short 150 14.9 % duplicate 50 5.0 %" in text
     assert "few letters" not in text  # nothing was dropped for it
     assert "pairs/train 600 7,500 75.0 %" in text
+
+
+def test_page_shows_what_became_of_each_source(storage: Path) -> None:
+    text = page_of(storage)[1].text
+    first = "corpus.documents[0] jsonl data/0.jsonl dropped: too short 98, many digits 2 507 7 100 400"
+    assert f"{first} corpus.documents[1] jsonl data/1.jsonl dropped: too short 50 500 0 50 450" in text
+    manifest = corpus_manifest()
+    del manifest.statistics["sources"][1:]
+    manifest.write(StoragePath(str(storage / "tokens" / "default")))
+    assert "corpus.documents[0]" not in page_of(storage)[1].text  # one source: the funnel says it all
+
+
+def test_page_shows_lengths_and_languages_of_documents_and_pairs(storage: Path) -> None:
+    text = page_of(storage)[1].text
+    assert "1,024–2,047 300 75.0 % 2,048–4,095 0 0.0 % 4,096–8,191 100 25.0 %" in text
+    assert "Languages of the documents kept language count share en 390 97.5 % zh 10 2.5 %" in text
+    assert "1 100 25.0 % 2–3 300 75.0 %" in text
+    assert "Languages of the targets of the pairs kept language count share de 400 100.0 %" in text
+
+
+def test_page_folds_texts_away(storage: Path) -> None:
+    html, page = page_of(storage / "tokens")
+    assert "kept 1 of 800 a kept text dropped: too short 2 of 150" in page.text
+    assert "dropped: duplicate" not in page.text  # there is no sample
+    assert f"1,200 copied {HOSTILE} nearly copied 2 a copy counts as the same" in page.text
+    assert "2 of 7; all are in rejected/rows.jsonl data/a.jsonl at 99, read: not JSON" in page.text
+    assert "data/b.jsonl at 1,000, clean: broken" in page.text
+    assert page.tags.count("details") == 5  # kept, too short, copies, unreadable, settings
+    assert "<details open" not in html
+
+
+def test_page_says_what_was_done_to_text(storage: Path) -> None:
+    text = page_of(storage / "tokens")[1].text
+    assert "masked iban 1,300, email 12 paragraphs 31 dropped" in text
+    assert "truncated 1 document to 512 tokens tokens 10,000, 0.4 % padding time clean 1 min 10 s, dedup 3 s" in text
+
+
+@pytest.mark.parametrize("part", [*corpus_manifest().statistics, "all", "none"])
+def test_every_part_of_the_statistics_may_be_absent(tmp_path: Path, part: str) -> None:
+    manifest = corpus_manifest()
+    if part == "all":
+        manifest.statistics = {}
+    elif part == "none":
+        manifest.statistics = {name: type(value)() for name, value in manifest.statistics.items()}
+    else:
+        del manifest.statistics[part]
+    manifest.write(StoragePath(str(tmp_path)))
+    assert "kept 800 79.4 %" in page_of(tmp_path)[1].text
+
+
+def test_a_manifest_from_before_there_were_statistics_makes_a_page(tmp_path: Path) -> None:
+    prepare_manifest().write(StoragePath(str(tmp_path)))
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    del content["statistics"]
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    text = page_of(tmp_path)[1].text
+    assert "read 1,000 100.0 % dropped 200 20.0 % kept 800 80.0 %" in text
+    assert "unreadable" not in text
+
+
+@given(rejected=st.integers(0, 10**9), dropped=st.lists(st.integers(0, 10**9), max_size=5), kept=st.integers(0, 10**9))
+def test_bars_of_the_funnel_lie_side_by_side_and_fill_their_room(rejected: int, dropped: list[int], kept: int) -> None:
+    counts = {"read": rejected + sum(dropped) + kept, "rejected": rejected, "kept": kept}
+    manifest = Manifest("prepare", counts=counts | {f"dropped.{n}": count for n, count in enumerate(dropped)})
+    bars = funnel(manifest)
+    end = 0
+    for bar in sorted((bar for bar in bars if bar.label in ("kept", "dropped", "unreadable")), key=lambda b: b.before):
+        assert bar.before == end or bar.count == 0
+        end += bar.count
+    assert end == counts["read"] == bars[0].count
+    assert {bar.whole for bar in bars} == {end}
+    why = reasons(manifest)
+    assert sum(bar.count for bar in why) == sum(dropped)
+    assert [bar.full for bar in why] == [max(dropped)] * len(why) if why else not any(dropped)
+
+
+@given(st.dictionaries(st.text("abc", min_size=2, max_size=3), st.integers(1, 99)))
+def test_no_language_gets_lost_among_the_others(counts: dict[str, int]) -> None:
+    bars = languages(counts)
+    assert sum(bar.count for bar in bars) == sum(counts.values())
+    assert len(bars) == min(len(counts), 9)
+    assert all(counts[bar.label] == bar.count for bar in bars if "other" not in bar.label)
+    assert not any(bar.label.startswith("1 ") for bar in bars)
+    assert [bar.label for bar in languages({"": 1})] == ["not said"]  # as of summaries
+
+
+def test_a_bar_can_be_seen_wherever_it_lies() -> None:
+    assert Bar("", 1, 4).style == "width: 25.00%"
+    assert Bar("", 1, 4, full=2).style == "width: 50.00%"
+    assert Bar("", 1, 10**6, before=10**6 - 1).style == "margin-left: min(100.00%, 100% - 2px); width: 0.00%"
+    assert Bar("", 0, 0).style == "width: 0.00%"
+    assert lengths([]) == []
+    assert [bar.style for bar in lengths([[8, 1], [16, 2]])] == ["width: 50.00%", "width: 100.00%"]
 
 
 def test_page_shows_scores_beside_the_baseline(storage: Path) -> None:
@@ -271,20 +397,36 @@ def test_a_root_without_artifacts_is_an_error_that_says_what_to_run(tmp_path: Pa
     assert not (root / "report.html").exists()
 
 
-def test_page_in_a_browser(storage: Path, tmp_path: Path) -> None:
+def in_browser(page: Path, profile: Path, *options: str) -> str:
+    """The document that Chromium makes of a page, as HTML."""
     browser = shutil.which("chromium")
     if not browser:
         pytest.skip("needs chromium on PATH")
+    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    quiet += f" --disable-component-update --disable-sync --dump-dom --user-data-dir={profile}"
+    command = [browser, *quiet.split(), *options, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+
+
+def test_page_in_a_browser(storage: Path, tmp_path: Path) -> None:
     page = page_of(storage)[1]
-    options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    options += f" --disable-component-update --disable-sync --dump-dom --user-data-dir={tmp_path / 'profile'}"
-    address = (storage / "report.html").as_uri()
-    done = subprocess.run([browser, *options.split(), address], capture_output=True, text=True, timeout=120)
-    seen = Page(done.stdout)
+    seen = Page(in_browser(storage / "report.html", tmp_path / "profile"))
     assert seen.tags.count("svg") == 6
     assert seen.tags.count("path") > 20
     assert seen.tags.count("tr") == page.tags.count("tr")  # the browser had to repair no table
     assert seen.text == page.text, "the browser understood the page otherwise than it was written"
+
+
+def test_page_fits_a_narrow_screen(storage: Path, tmp_path: Path) -> None:
+    html = page_of(storage)[0]
+    (tmp_path / "open.html").write_text(html.replace("<details>", "<details open>"))
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        "<iframe id=f src=open.html width=400 height=900 frameborder=0></iframe><script>f.onload = () => "
+        "document.title = 'as wide as ' + f.contentDocument.documentElement.scrollWidth</script>"
+    )
+    options = ("--allow-file-access-from-files", "--hide-scrollbars")
+    assert "<title>as wide as 400</title>" in in_browser(frame, tmp_path / "profile", *options)
 
 
 # --------------------------------------------------------------------------------------- the terminal
@@ -314,6 +456,24 @@ def test_table_of_a_preparation(tmp_path: Path) -> None:
         "  dropped   200 rows (20.0 %): too short 150, duplicate 50",
         "  tokens    10,000",
         "  artifact  tokens/default",
+    ]
+
+
+def test_table_of_a_preparation_with_all_there_is_to_say() -> None:
+    manifest = corpus_manifest()
+    manifest.counts |= {"read": 1_107, **{f"dropped.rare_{number}": 20 for number in range(5)}}
+    assert manifest_table(manifest).splitlines() == [
+        "prepare: 2 s",
+        "  read        1,107 rows, 2.5 MB at 1.25 MB/s",
+        "  unreadable  7 rows (0.6 %), see rejected/rows.jsonl",
+        "  kept        800 rows (72.3 %)",
+        "  dropped     300 rows (27.1 %): too short 150, duplicate 50, rare 0 20, rare 1 20, rare 2 20,"
+        " 2 other reasons 40",
+        "  masked      iban 1,300, email 12",
+        "  paragraphs  31 dropped that stood in the corpus before",
+        "  truncated   1 document to 512 tokens",
+        "  tokens      10,000, 0.4 % padding",
+        "  time        clean 1 min 10 s, dedup 3 s",
     ]
 
 
@@ -379,40 +539,3 @@ def test_import_is_light() -> None:
     heavy = "{'ray', 'torch', 'matplotlib', 'jinja2', 'transformers'}"
     code = f"import raylm.report, sys; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
-
-
-def test_a_preparation_shows_sources_lengths_languages_copies_samples_and_unreadable_rows(tmp_path: Path) -> None:
-    manifest = prepare_manifest()
-    manifest.counts |= {"rejected": 7, "read": 1_007, "masked.email": 12}
-    manifest.metrics["padding"] = 0.004
-    manifest.statistics = {
-        "sources": [
-            {
-                "name": f"corpus.documents[{n}]",
-                "describes": f"jsonl {n}.jsonl",
-                "counts": {"read": 500, "kept_clean": 450},
-            }
-            for n in range(2)
-        ],
-        "lengths": {"documents": [[1_024, 300], [2_048, 0], [4_096, 100]], "pairs": []},
-        "languages": {"documents": {"en": 390, "zh": 10}, "pairs": {}},
-        "duplicates": [{"copies": 12, "text": f"copied {HOSTILE}", "other": "nearly copied"}],
-        "samples": {"kept": ["a kept text"], "dropped.too_short": [HOSTILE]},
-        "rejected": [{"file": "a.jsonl", "position": 99, "stage": "read", "error": "not JSON", "excerpt": HOSTILE}],
-    }
-    manifest.write(StoragePath(str(tmp_path / "tokens/default")))
-    write_report(str(tmp_path))
-    page = (tmp_path / "report.html").read_text()
-    for shown in ("corpus.documents[1]", "1,024", "4,096", "75.0 %", "97.5 %", "12 alike", "nearly copied",
-                  "a kept text", "Samples: too short", "a.jsonl, at 99: not JSON", "unreadable"):  # fmt: skip
-        assert shown in page, shown
-    assert HOSTILE not in page
-    assert page.count("&lt;script&gt;alert") == 3
-    table = manifest_table(manifest)
-    for shown in (
-        "7 rows, see rejected/rows.jsonl",
-        "200 rows (19.9 %): too short 150, duplicate 50",
-        "email 12",
-        "10,000, 0.4 % padding",
-    ):
-        assert shown in table, table
