@@ -70,14 +70,14 @@ def _clean_unit(plan: Plan, number: int) -> Result:
         elif isinstance(outcome, Dropped):
             excerpts = samples.setdefault(f"dropped.{outcome.reason}", [])
             if len(excerpts) < _SAMPLES:
-                excerpts.append(_excerpt(outcome))
+                excerpts.append(excerpt(outcome.source, outcome.target))
             if plan.corpus.keep_dropped:
                 dropped.append(outcome)
         else:
             row = asdict(outcome)
             rejected.append(row | {"file": outcome.file or unit.origin})
     if rows:
-        samples["kept"] = [_excerpt(row) for row in rows[:_SAMPLES]]
+        samples["kept"] = [excerpt(row.source, row.target) for row in rows[:_SAMPLES]]
         runs.append(_write_run(place / f"{name}-{len(runs)}.arrow", rows))
     if rejected:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected)
@@ -125,5 +125,6 @@ def write_dropped(file: StoragePath, rows: list[Dropped]) -> None:
         pq.write_table(table, stream, compression="zstd")
 
 
-def _excerpt(row: Cleaned | Dropped) -> str:
-    return row.source[:_EXCERPT_CHARS] + (f" → {row.target[:_EXCERPT_CHARS]}" if row.target is not None else "")
+def excerpt(source: str, target: str | None) -> str:
+    """The beginning of a row, for a person to look at."""
+    return source[:_EXCERPT_CHARS] + (f" → {target[:_EXCERPT_CHARS]}" if target is not None else "")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from raylm.corpus.cleaning import write_dropped
+from raylm.corpus.cleaning import excerpt, write_dropped
 from raylm.corpus.plan import Plan
 from raylm.corpus.reading import read_texts
 from raylm.corpus.rows import CLEANED, DOCUMENT, Dropped
@@ -71,13 +72,8 @@ def _merge_part(plan: Plan, runs: Sequence[tuple[int, Result]], part: int, parts
     is_first = np.ones(len(table), bool)
     if len(table) > 1:
         is_first[1:] = pc.not_equal(hashes[1:], hashes[:-1]).to_numpy(zero_copy_only=False)
-    group = np.cumsum(is_first) - 1
-    sizes = np.bincount(group) if len(table) else np.zeros(0, int)
     kept = table.filter(pa.array(is_first))
-    largest = np.argsort(-sizes, kind="stable")[:_CLUSTERS]
-    clusters = [
-        {"copies": int(sizes[at]), "text": kept["source"][int(at)].as_py()[:300]} for at in largest if sizes[at] > 1
-    ]
+    clusters = _largest_groups(table, np.flatnonzero(is_first))
     dropped = _dropped(table.filter(pa.array(~is_first)), "duplicate", plan)
 
     contaminated = _contaminated(plan, kept)
@@ -98,6 +94,20 @@ def _merge_part(plan: Plan, runs: Sequence[tuple[int, Result]], part: int, parts
         "counts": {"dropped.duplicate": int((~is_first).sum()), "dropped.contaminated": int(contaminated.sum())},
         "clusters": clusters,
     }
+
+
+def _largest_groups(table: pa.Table, begins: NDArray[np.int64]) -> list[dict[str, Any]]:
+    """The largest groups of copies: how many there are, the one that stays, and one that goes."""
+    sizes = np.diff(np.append(begins, len(table)))
+
+    def shown(row: int) -> str:
+        return excerpt(table["source"][row].as_py(), table["target"][row].as_py())
+
+    largest = [int(at) for at in np.argsort(-sizes, kind="stable")[:_CLUSTERS] if sizes[at] > 1]
+    return [
+        {"copies": int(sizes[at]), "text": shown(int(begins[at])), "other": shown(int(begins[at]) + 1)}
+        for at in largest
+    ]
 
 
 _CONTENT_ORDER = [(name, "ascending") for name in ("decided", "source", "target", "from", "rank")]

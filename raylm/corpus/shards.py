@@ -17,7 +17,7 @@ import xxhash
 from tokenizers import Tokenizer
 
 from raylm.corpus import mixture
-from raylm.corpus.cleaning import write_dropped
+from raylm.corpus.cleaning import excerpt, write_dropped
 from raylm.corpus.dedup import near_duplicates
 from raylm.corpus.merge import merged_file, part_names
 from raylm.corpus.pack import Packed, pack, token_type
@@ -161,8 +161,8 @@ def _tokenize_part(plan: Plan, part: int, parts: int, special: Ids) -> Result:
             "documents": Counter(documents["language"].to_pylist()),
             "pairs": Counter(pairs["language"].to_pylist()),
         },
-        "samples": {"kept": [text[:300] for text in table["source"][:3].to_pylist()]}
-        | {f"dropped.{row.reason}": [row.source[:300]] for row in dropped},
+        "samples": {"kept": [excerpt(r["source"], r["target"]) for r in table.slice(0, 3).to_pylist()]}
+        | {f"dropped.{row.reason}": [excerpt(row.source, row.target)] for row in dropped},
     }
 
 

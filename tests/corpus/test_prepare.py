@@ -68,8 +68,9 @@ def test_the_document_of_a_held_out_pair_is_held_out(corpus: StoragePath, small_
         split: [row["target"] for row in read(corpus / "pairs" / split).to_pylist() if row["task"] == "summarize"]
         for split in ("train", "test")
     }
-    assert sum(summary in text for summary in summaries["train"]) > 0.3 * len(summaries["train"])
-    assert sum(summary in text for summary in summaries["test"]) <= 0.1 * len(summaries["test"])
+    found = {split: sum(summary in text for summary in those) / len(those) for split, those in summaries.items()}
+    assert found["train"] > 0.2, found  # a fifth of the pairs is from packages whose documents are read too
+    assert found["test"] < 0.02, found
 
 
 def test_a_second_run_does_nothing_and_another_setting_makes_all_anew(
