@@ -29,7 +29,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class FileSource(Section):
     """Documents in files.
 
-    One row of `parquet`, `jsonl`, `csv` and `datasets` (what Hugging Face `save_to_disk` writes) is one document, one
+    One row of `parquet`, `jsonl`, `csv` (also `.tsv`) and `datasets` (what Hugging Face `save_to_disk` writes) is one document, one
     paragraph block of a `text` file, one whole `markdown` or `html` file. `.gz` and `.zst` files are decompressed.
     """
 
@@ -145,7 +145,7 @@ class CleanSettings(Section):
     remove_punctuation: bool = False
     """For classification corpora."""
     remove_stop_words: bool = False
-    """For classification corpora: English and Chinese function words go."""
+    """For classification corpora: English and Chinese function words go; negations stay."""
 
 
 class FilterSettings(Section):
@@ -268,7 +268,7 @@ class TokenizerSettings(Section):
     """The tokenizer that `raylm prepare` trains, or takes."""
 
     kind: Literal["bpe", "unigram"] = "bpe"
-    """Both byte-level: nothing is unknown."""
+    """Both byte-level: nothing is unknown. `unigram` takes minutes for each few megabytes of the sample."""
     start_from: str | None = None
     """An existing tokenizer instead: a directory, such as `<storage>/tokens/<other>/tokenizer`, or a hub id."""
     vocab_size: int = Field(default=4_000, ge=512)
