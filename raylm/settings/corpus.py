@@ -29,8 +29,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class FileSource(Section):
     """Documents in files.
 
-    One row of `parquet`, `jsonl`, `csv` (also `.tsv`) and `datasets` (what Hugging Face `save_to_disk` writes) is one document, one
-    paragraph block of a `text` file, one whole `markdown` or `html` file. `.gz` and `.zst` files are decompressed.
+    One row of `parquet`, `jsonl`, `csv` (also `.tsv`) and `datasets` (what Hugging Face `save_to_disk` writes) is one
+    document, one paragraph block of a `text` file, one whole `markdown` or `html` file. `.gz` and `.zst` files are
+    decompressed.
     """
 
     type: Literal["parquet", "jsonl", "csv", "datasets", "text", "markdown", "html"]
