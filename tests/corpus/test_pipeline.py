@@ -160,6 +160,21 @@ def test_paragraphs_that_were_there_before_go(tmp_path: Path) -> None:
     assert manifest.counts["kept"] + manifest.counts.get("dropped.repeated_paragraphs", 0) == 41
 
 
+@pytest.mark.parametrize("first", ["alpha", "omega"])
+def test_of_copies_in_two_sources_the_first_sources_stays(tmp_path: Path, first: str) -> None:
+    text = document(1)
+    variants = {"alpha": text, "omega": text.replace(" ", "  ").replace("number", "Number")}
+    sources = {
+        name: write_jsonl(tmp_path / f"{name}.jsonl", [copy, *(document(n) for n in range(10, 30))])
+        for name, copy in variants.items()
+    }
+    order = sorted(sources, key=lambda name: name != first)
+    documents = [sources[name] for name in order]
+    manifest = prepare(settings(tmp_path, documents=documents, dedup={"keep": "first"}, validation=1e-9))
+    assert manifest.counts["dropped.duplicate"] == 21
+    assert ("Number" in trained_text(tmp_path)) == (first == "omega")
+
+
 @pytest.mark.parametrize(("unique", "kept"), [("pair", 4), ("source", 3), ("target", 2)])
 def test_what_is_unique_among_pairs(tmp_path: Path, unique: str, kept: int) -> None:
     rows = [("Open it", "Öffnen"), ("Open it", "Öffnen"), ("Open it", "Aufmachen"), ("Start it", "Öffnen"),
