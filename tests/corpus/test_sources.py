@@ -11,7 +11,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 from pyarrow import fs
 
 from raylm.corpus import sources
@@ -257,7 +256,7 @@ def test_a_docstring_gives_its_document_and_its_pair(tmp_path: Path) -> None:
 def test_real_text_is_read_alike_from_every_type(data: Path, tmp_path: Path) -> None:
     expected = pq.read_table(data / "text.zh.mixed.validation.parquet")["text"].to_pylist()
     lines = "".join(json.dumps({"text": text}) + "\n" for text in expected).encode()
-    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(lines))
+    (tmp_path / "a.jsonl.zst").write_bytes(pa.compress(lines, codec="zstd", asbytes=True))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
     pq.write_table(pa.table({"text": pa.array(expected).dictionary_encode()}), tmp_path / "a.parquet")
     assert texts(documents(type="parquet", path=str(data / "text.zh.mixed.validation.parquet"))) == expected
