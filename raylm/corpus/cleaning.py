@@ -14,12 +14,11 @@ import pyarrow.parquet as pq
 from raylm.corpus.plan import Plan
 from raylm.corpus.reading import read_unit
 from raylm.corpus.rows import CLEANED, Cleaned, Dropped, cleaned_records
-from raylm.corpus.steps import Result, run_step, write_table
+from raylm.corpus.steps import BATCH_ROWS, Result, run_step, write_table
 from raylm.errors import InputError
 from raylm.storage import StoragePath
 
 _RUN_BYTES = 32 << 20  # of text that a worker holds before it sorts and writes
-_RUN_BATCH_ROWS = 256
 _SAMPLES = 3
 _EXCERPT_CHARS = 300
 
@@ -92,13 +91,11 @@ def _write_run(file: StoragePath, rows: list[Cleaned]) -> Result:
     rows.sort(key=lambda row: row.hash)
     columns = {field.name: pa.array([getattr(r, field.name) for r in rows], field.type) for field in CLEANED}
     table = pa.table(columns, CLEANED)
-    starts = range(0, len(rows), _RUN_BATCH_ROWS)
-    write_table(file, table, [len(rows[start : start + _RUN_BATCH_ROWS]) for start in starts])
+    write_table(file, table)
     return {
         "file": file.name,
-        "rows": len(rows),
         "bytes": sum(pc.sum(pc.binary_length(table[name])).as_py() or 0 for name in ("source", "target")),
-        "starts": [int.from_bytes(rows[start].hash[:8], "big") for start in starts],
+        "starts": [int.from_bytes(rows[start].hash[:8], "big") for start in range(0, len(rows), BATCH_ROWS)],
     }
 
 
@@ -116,6 +113,11 @@ def check_rejected(limit: float | int, read: int, rejected: int, rows: list[dict
         f"corpus: {rejected:,} of {read:,} rows could not be read, corpus.max_rejected allows {shown}; the first:"
         f" {rows[0]['file']}, at {rows[0]['position']}: {rows[0]['error']}"
     )
+
+
+def dropped_rows(rows: pa.Table, reason: str) -> list[Dropped]:
+    """Rows of a table with the columns `kind`, `source` and `target` as dropped for a reason."""
+    return [Dropped(reason, row["kind"], row["source"], row["target"]) for row in rows.to_pylist()]
 
 
 def write_dropped(file: StoragePath, rows: list[Dropped]) -> None:

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from raylm.corpus.cleaning import excerpt
 from raylm.corpus.merge import merged_file, part_names
 from raylm.corpus.plan import Plan
 from raylm.corpus.rows import DOCUMENT
@@ -266,7 +267,8 @@ def _largest(plan: Plan, components: list[_Component], removed: list[list[int]])
     """The largest groups of near-copies, with the text that stays and one of those that go."""
 
     def text(id: int) -> str:
-        return str(read_rows(merged_file(plan, id >> 32), [id & 0xFFFFFFFF], ["source"])["source"][0].as_py())[:300]
+        row = read_rows(merged_file(plan, id >> 32), [id & 0xFFFFFFFF], ["source"])
+        return excerpt(row["source"][0].as_py(), None)
 
     groups = [(ids, component.members[0][2]) for component, ids in zip(components, removed, strict=True) if ids]
     groups.sort(key=lambda group: (-len(group[0]), group[1]))

@@ -7,6 +7,7 @@ files, their cut or the number of workers.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -16,12 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from raylm.corpus.cleaning import excerpt, write_dropped
+from raylm.corpus.cleaning import dropped_rows, excerpt, write_dropped
 from raylm.corpus.plan import Plan
 from raylm.corpus.reading import read_texts
-from raylm.corpus.rows import CLEANED, DOCUMENT, Dropped
+from raylm.corpus.rows import CLEANED, DOCUMENT
 from raylm.corpus.shingles import Hashes, shingles
-from raylm.corpus.steps import Result, read_table, run_step, write_table
+from raylm.corpus.steps import Result, hash_bound, read_table, run_step, write_table
 from raylm.storage import StoragePath
 
 MERGED = pa.schema(
@@ -37,6 +38,7 @@ MERGED = pa.schema(
         ("content", pa.uint64()),  # a hash of the text
     ]
 )
+_RANGED = CLEANED.append(MERGED.field("from")).append(MERGED.field("rank"))
 _CLUSTERS = 5
 _EVALUATION = "evaluation.arrow"
 _NUMBER_BITS = 40
@@ -62,7 +64,7 @@ def merged_file(plan: Plan, part: int) -> StoragePath:
 
 
 def _merge_part(plan: Plan, runs: Sequence[tuple[int, Result]], part: int, parts: int) -> Result:
-    table = _ranged(plan, runs, -(-(part << 64) // parts), -(-((part + 1) << 64) // parts))
+    table = _ranged(plan, runs, hash_bound(part, parts), hash_bound(part + 1, parts))
     splits = _splits(table, plan.corpus.validation)
     table = table.append_column("decided", pa.array(splits, pa.string()))
     table = table.append_column("held_out", pa.array(splits != "train", pa.bool_()))
@@ -74,10 +76,12 @@ def _merge_part(plan: Plan, runs: Sequence[tuple[int, Result]], part: int, parts
         is_first[1:] = pc.not_equal(hashes[1:], hashes[:-1]).to_numpy(zero_copy_only=False)
     kept = table.filter(pa.array(is_first))
     clusters = _largest_groups(table, np.flatnonzero(is_first))
-    dropped = _dropped(table.filter(pa.array(~is_first)), "duplicate", plan)
-
     contaminated = _contaminated(plan, kept)
-    dropped += _dropped(kept.filter(pa.array(contaminated)), "contaminated", plan)
+    if plan.corpus.keep_dropped:
+        dropped = dropped_rows(table.filter(pa.array(~is_first)), "duplicate")
+        dropped += dropped_rows(kept.filter(pa.array(contaminated)), "contaminated")
+        if dropped:
+            write_dropped(plan.place("merge") / f"part-{part:05d}-dropped.parquet", dropped)
     kept = kept.filter(pa.array(~contaminated))
     write_table(
         merged_file(plan, part),
@@ -87,8 +91,6 @@ def _merge_part(plan: Plan, runs: Sequence[tuple[int, Result]], part: int, parts
             schema=MERGED,
         ),
     )  # fmt: skip
-    if dropped:
-        write_dropped(plan.place("merge") / f"part-{part:05d}-dropped.parquet", dropped)
     return {
         "rows": len(kept),
         "counts": {"dropped.duplicate": int((~is_first).sum()), "dropped.contaminated": int(contaminated.sum())},
@@ -121,13 +123,10 @@ def _preference(plan: Plan) -> list[tuple[str, str]]:
 
 def _ranged(plan: Plan, runs: Sequence[tuple[int, Result]], low: int, high: int) -> pa.Table:
     """The cleaned rows of all units whose hash, read as a number, lies in a range."""
-    pieces = [CLEANED.empty_table().append_column("from", pa.array([], pa.uint16())).append_column(
-        "rank", pa.array([], pa.uint64())
-    )]  # fmt: skip
+    pieces = [_RANGED.empty_table()]
     for number, run in runs:
         starts = run["starts"]
-        first = max(np.searchsorted(np.array(starts, np.uint64), np.uint64(low), "left").item() - 1, 0)
-        last = next((at for at in range(first, len(starts)) if starts[at] >= high), len(starts))
+        first, last = max(bisect_left(starts, low) - 1, 0), bisect_left(starts, high)
         if first >= last:
             continue
         with (plan.place("clean") / run["file"]).open_input() as stream:
@@ -168,12 +167,6 @@ def _splits(table: pa.Table, validation: float) -> NDArray[np.object_]:
     splits[own < validation] = "validation"
     said = np.array(table["split"].to_pylist(), object)
     return np.where(said == None, splits, said)  # noqa: E711 - element by element
-
-
-def _dropped(rows: pa.Table, reason: str, plan: Plan) -> list[Dropped]:
-    if not plan.corpus.keep_dropped:
-        return []
-    return [Dropped(reason, r["kind"], r["source"], r["target"]) for r in rows.to_pylist()]
 
 
 # ------------------------------------------------------------------------------------ decontamination

@@ -18,6 +18,7 @@ from raylm.corpus.filters import reject_document
 from raylm.corpus.language import identify
 from raylm.corpus.pair_filters import reject_pair
 from raylm.corpus.pii import mask
+from raylm.corpus.readers import EXCERPT_CHARS
 from raylm.corpus.records import Document, Pair, Record, Rejected
 from raylm.settings import CldrSource, CorpusSettings, PairFileSource
 
@@ -101,7 +102,7 @@ def cleaned_records(
         except Exception as error:  # whatever a row does to a library, it costs that row alone
             counts["rejected"] += 1
             text = record.text if isinstance(record, Document) else record.source
-            yield Rejected(f"{type(error).__name__}: {error}", record.position, text[:200], "clean")
+            yield Rejected(f"{type(error).__name__}: {error}", record.position, text[:EXCERPT_CHARS], "clean")
             continue
         counts[f"dropped.{outcome.reason}" if isinstance(outcome, Dropped) else "kept"] += 1
         yield outcome
@@ -119,9 +120,7 @@ def _document(document: Document, corpus: CorpusSettings, linked: int | None, co
     digest = xxhash.xxh3_128_digest(_normalised(text).encode())
     by = xxhash.xxh3_64_intdigest(text.encode())
     language, _ = identify(text)
-    return Cleaned(
-        digest, DOCUMENT, None, document.split, by, linked, text, None, language, counts["read"]
-    )  # fmt: skip
+    return Cleaned(digest, DOCUMENT, None, document.split, by, linked, text, None, language, counts["read"])
 
 
 def _pair(pair: Pair, corpus: CorpusSettings, origin: object, counts: Counter[str]) -> Outcome:
@@ -148,9 +147,7 @@ def _pair(pair: Pair, corpus: CorpusSettings, origin: object, counts: Counter[st
     digest = xxhash.xxh3_128_digest("\0".join((pair.task, pair.to or "", *unique)).encode())
     # By the source alone: the same source with two targets must not be learned and tested.
     by = xxhash.xxh3_64_intdigest(source.encode())
-    return Cleaned(
-        digest, pair.task, pair.to, pair.split, by, None, source, target, pair.to or "", counts["read"]
-    )  # fmt: skip
+    return Cleaned(digest, pair.task, pair.to, pair.split, by, None, source, target, pair.to or "", counts["read"])
 
 
 def _screened(text: str, corpus: CorpusSettings) -> tuple[str, dict[str, int]]:

@@ -17,7 +17,7 @@ import xxhash
 from tokenizers import Tokenizer
 
 from raylm.corpus import mixture
-from raylm.corpus.cleaning import excerpt, write_dropped
+from raylm.corpus.cleaning import dropped_rows, excerpt, write_dropped
 from raylm.corpus.dedup import near_duplicates
 from raylm.corpus.merge import merged_file, part_names
 from raylm.corpus.pack import Packed, pack, token_type
@@ -42,7 +42,7 @@ def _rows(plan: Plan, part: int, parts: int) -> tuple[pa.Table, list[Dropped], i
     table = read_table(merged_file(plan, part))
     is_near = np.zeros(len(table), bool)
     is_near[near_duplicates(plan, part)] = True
-    dropped = _dropped(table.filter(pa.array(is_near)), "near_duplicate")
+    dropped = dropped_rows(table.filter(pa.array(is_near)), "near_duplicate")
     gone = repeats(plan, part, parts)
     if gone:
         texts = table["source"].to_pylist()
@@ -51,13 +51,9 @@ def _rows(plan: Plan, part: int, parts: int) -> tuple[pa.Table, list[Dropped], i
         table = table.set_column(table.schema.get_field_index("source"), "source", pa.array(texts, pa.string()))
     changed = np.isin(np.arange(len(table)), list(gone))
     short = changed & (pc.utf8_length(table["source"]).to_numpy() < plan.corpus.filters.min_chars)
-    dropped += _dropped(table.filter(pa.array(short)), "repeated_paragraphs")
+    dropped += dropped_rows(table.filter(pa.array(short)), "repeated_paragraphs")
     kept = table.filter(pa.array(~is_near & ~short))
     return kept, dropped, sum(map(len, gone.values()))
-
-
-def _dropped(rows: pa.Table, reason: str) -> list[Dropped]:
-    return [Dropped(reason, row["kind"], row["source"], row["target"]) for row in rows.to_pylist()]
 
 
 # ----------------------------------------------------------------------------------------- the tokenizer

@@ -21,7 +21,7 @@ from raylm.storage import StoragePath
 Result = dict[str, Any]
 """What an item's work gives: plain data, published as JSON once all files of the item are."""
 
-_BATCH_ROWS = 256
+BATCH_ROWS = 256
 
 
 def run_step(
@@ -101,7 +101,7 @@ def write_table(file: StoragePath, table: pa.Table, parts: Sequence[int] | None 
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     with file.writing() as stream, pa.ipc.new_file(stream, table.schema, options=options) as writer:
         if parts is None:
-            writer.write_table(table.combine_chunks(), max_chunksize=_BATCH_ROWS)
+            writer.write_table(table.combine_chunks(), max_chunksize=BATCH_ROWS)
             return
         start = 0
         for rows in parts:
@@ -129,7 +129,7 @@ def read_rows(file: StoragePath, rows: Sequence[int], columns: Sequence[str]) ->
     """Some rows, in ascending order, of a file that `write_table` wrote without parts; only their batches are read."""
     by_batch: dict[int, list[int]] = {}
     for row in rows:
-        by_batch.setdefault(row // _BATCH_ROWS, []).append(row % _BATCH_ROWS)
+        by_batch.setdefault(row // BATCH_ROWS, []).append(row % BATCH_ROWS)
     pieces = []
     with file.open_input() as stream:
         reader = pa.ipc.open_file(stream)
@@ -138,8 +138,13 @@ def read_rows(file: StoragePath, rows: Sequence[int], columns: Sequence[str]) ->
     return pa.concat_tables(pieces)
 
 
+def hash_bound(part: int, parts: int) -> int:
+    """Where a part begins in the range of 64-bit hashes, cut into equal parts; the one after the last: at 2^64."""
+    return -(-(part << 64) // parts)
+
+
 def cut_by_hash(hashes: pa.ChunkedArray, parts: int) -> list[int]:
     """How many of ascending 64-bit hashes fall into each of equal ranges of hashes."""
-    bounds = np.array([-(-(part << 64) // parts) for part in range(1, parts)], np.uint64)
+    bounds = np.array([hash_bound(part, parts) for part in range(1, parts)], np.uint64)
     ends = np.searchsorted(hashes.to_numpy(), bounds)
     return [int(count) for count in np.diff(np.concatenate([[0], ends, [len(hashes)]]))]
