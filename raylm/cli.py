@@ -99,11 +99,12 @@ def prepare(settings: Settings, as_json: bool) -> None:
 @_json_option
 def pretrain(settings: Settings, as_json: bool) -> None:
     """Train a model on the documents of the corpus, which is prepared first where it is not."""
+    from raylm.corpus.stream import open_stream
     from raylm.training.trainer import pretrain as stage
 
     with ray_session():
         _prepare_if_needed(settings)
-        _print(stage(settings), as_json)
+        _print(stage(settings, open_stream(settings) if settings.pretrain.stream else None), as_json)
 
 
 @main.command()
@@ -313,7 +314,10 @@ def _prepare_if_needed(settings: Settings) -> None:
 
     try:
         prepared_corpus(settings)
+        is_prepared = not settings.pretrain.stream  # whose sample has to be of these very sources
     except ArtifactError:
+        is_prepared = False
+    if not is_prepared:
         from raylm.corpus.prepare import prepare as stage
 
         stage(settings)

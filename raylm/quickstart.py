@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raylm.corpus.prepare import prepare
+from raylm.corpus.stream import open_stream
 from raylm.inference.batch import run_batch
 from raylm.progress import note
 from raylm.report import write_report
@@ -33,7 +34,9 @@ def run_quickstart(settings: Settings, out: str | None, to: str) -> str:
     settings = _directed(settings, out, to)
     storage = StoragePath(settings.storage)
     note(f"raylm quickstart: English to {to}, everything below {storage}")
-    manifests = [prepare(settings), pretrain(settings), finetune(settings), evaluate(settings), export(settings)]
+    manifests = [prepare(settings)]
+    stream = open_stream(settings) if settings.pretrain.stream else None
+    manifests += [pretrain(settings, stream), finetune(settings), evaluate(settings), export(settings)]
     model = model_directory(settings)
     for task in (TRANSLATE, SUMMARIZE):
         inputs = write_inputs(settings, task, storage / "batch" / f"{task.name}.parquet")

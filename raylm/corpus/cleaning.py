@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from raylm.corpus.plan import Plan
 from raylm.corpus.reading import read_unit
-from raylm.corpus.rows import CLEANED, Cleaned, Dropped, cleaned_records
+from raylm.corpus.rows import Cleaned, Dropped, cleaned_records, cleaned_table
 from raylm.corpus.steps import BATCH_ROWS, Result, run_step, write_table
 from raylm.errors import InputError
 from raylm.storage import StoragePath
@@ -89,8 +89,7 @@ def _clean_unit(plan: Plan, number: int) -> Result:
 def _write_run(file: StoragePath, rows: list[Cleaned]) -> Result:
     """A file of rows in the order of their hashes; says where in the range of hashes each of its batches begins."""
     rows.sort(key=lambda row: row.hash)
-    columns = {field.name: pa.array([getattr(r, field.name) for r in rows], field.type) for field in CLEANED}
-    table = pa.table(columns, CLEANED)
+    table = cleaned_table(rows)
     write_table(file, table)
     return {
         "file": file.name,

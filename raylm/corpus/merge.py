@@ -23,6 +23,7 @@ from raylm.corpus.reading import read_texts
 from raylm.corpus.rows import CLEANED, DOCUMENT
 from raylm.corpus.shingles import Hashes, shingles
 from raylm.corpus.steps import Result, hash_bound, read_table, run_step, write_table
+from raylm.settings import DecontaminateSettings
 from raylm.storage import StoragePath
 
 MERGED = pa.schema(
@@ -49,8 +50,9 @@ def merge(plan: Plan, cleaned: list[Result]) -> list[Result]:
     place = plan.place("merge")
     runs = [(number, run) for number, result in enumerate(cleaned) for run in result["runs"]]
     parts = max(math.ceil(sum(run["bytes"] for _, run in runs) / (plan.corpus.shard_mb * 1e6)), 1)
-    if plan.corpus.decontaminate.against:
-        _write_evaluation(plan, place / _EVALUATION)
+    evaluation = place / _EVALUATION
+    if not evaluation.is_file():
+        write_table(evaluation, pa.table({"hash": evaluation_ngrams(plan.corpus.decontaminate)}))
     return run_step(place, "prepare: merge", part_names(parts), lambda part: _merge_part(plan, runs, part, parts))
 
 
@@ -65,7 +67,7 @@ def merged_file(plan: Plan, part: int) -> StoragePath:
 
 def _merge_part(plan: Plan, runs: Sequence[tuple[int, Result]], part: int, parts: int) -> Result:
     table = _ranged(plan, runs, hash_bound(part, parts), hash_bound(part + 1, parts))
-    splits = _splits(table, plan.corpus.validation)
+    splits = splits_of(table, plan.corpus.validation)
     table = table.append_column("decided", pa.array(splits, pa.string()))
     table = table.append_column("held_out", pa.array(splits != "train", pa.bool_()))
     order = pc.sort_indices(table, sort_keys=[("hash", "ascending"), *_preference(plan), *_CONTENT_ORDER])
@@ -76,13 +78,15 @@ def _merge_part(plan: Plan, runs: Sequence[tuple[int, Result]], part: int, parts
         is_first[1:] = pc.not_equal(hashes[1:], hashes[:-1]).to_numpy(zero_copy_only=False)
     kept = table.filter(pa.array(is_first))
     clusters = _largest_groups(table, np.flatnonzero(is_first))
-    contaminated = _contaminated(plan, kept)
+    forbidden = read_table(plan.place("merge") / _EVALUATION)["hash"].to_numpy()
+    is_forbidden = contaminated(kept, forbidden, plan.corpus.decontaminate.ngram_words)
+    is_forbidden &= pc.equal(kept["decided"], "train").to_numpy(zero_copy_only=False)
     if plan.corpus.keep_dropped:
         dropped = dropped_rows(table.filter(pa.array(~is_first)), "duplicate")
-        dropped += dropped_rows(kept.filter(pa.array(contaminated)), "contaminated")
+        dropped += dropped_rows(kept.filter(pa.array(is_forbidden)), "contaminated")
         if dropped:
             write_dropped(plan.place("merge") / f"part-{part:05d}-dropped.parquet", dropped)
-    kept = kept.filter(pa.array(~contaminated))
+    kept = kept.filter(pa.array(~is_forbidden))
     write_table(
         merged_file(plan, part),
         pa.table(
@@ -93,7 +97,7 @@ def _merge_part(plan: Plan, runs: Sequence[tuple[int, Result]], part: int, parts
     )  # fmt: skip
     return {
         "rows": len(kept),
-        "counts": {"dropped.duplicate": int((~is_first).sum()), "dropped.contaminated": int(contaminated.sum())},
+        "counts": {"dropped.duplicate": int((~is_first).sum()), "dropped.contaminated": int(is_forbidden.sum())},
         "clusters": clusters,
     }
 
@@ -152,7 +156,7 @@ def _prefixes(hashes: pa.ChunkedArray) -> Hashes:
     return np.frombuffer(raw, ">u8")[::2].astype(np.uint64)
 
 
-def _splits(table: pa.Table, validation: float) -> NDArray[np.object_]:
+def splits_of(table: pa.Table, validation: float) -> NDArray[np.object_]:
     """The split of each row: what its source says, else what the hash of its content or of its pair's source says."""
 
     def positions(name: str) -> NDArray[np.float64]:
@@ -172,30 +176,25 @@ def _splits(table: pa.Table, validation: float) -> NDArray[np.object_]:
 # ------------------------------------------------------------------------------------ decontamination
 
 
-def _write_evaluation(plan: Plan, file: StoragePath) -> None:
-    """Publish the n-gram hashes of all evaluation texts."""
-    if file.is_file():
-        return
-    rules = plan.corpus.decontaminate
+def evaluation_ngrams(rules: DecontaminateSettings) -> Hashes:
+    """The n-grams of all evaluation texts, as hashes in ascending order.
+
+    :raises InputError: an evaluation set is missing or damaged.
+    """
     texts = chain.from_iterable(
         read_texts(source, f"corpus.decontaminate.against[{number}]") for number, source in enumerate(rules.against)
     )
     hashes, _ = shingles(list(texts), rules.ngram_words)
-    write_table(file, pa.table({"hash": np.unique(hashes)}))
+    return np.unique(hashes)
 
 
-def _contaminated(plan: Plan, rows: pa.Table) -> NDArray[np.bool_]:
-    """Which training rows share an n-gram with an evaluation text (Brown et al. 2020, appendix C)."""
+def contaminated(rows: pa.Table, forbidden: Hashes, ngram_words: int) -> NDArray[np.bool_]:
+    """Which rows share an n-gram with an evaluation text (Brown et al. 2020, appendix C)."""
     found = np.zeros(len(rows), bool)
-    if not plan.corpus.decontaminate.against:
+    if not len(forbidden):
         return found
-    forbidden = read_table(plan.place("merge") / _EVALUATION)["hash"].to_numpy()
-    training = pc.equal(rows["decided"], "train").to_numpy(zero_copy_only=False)
     for name in ("source", "target"):
-        hashes, offsets = shingles(
-            [text or "" for text in rows[name].to_pylist()], plan.corpus.decontaminate.ngram_words
-        )
+        hashes, offsets = shingles([text or "" for text in rows[name].to_pylist()], ngram_words)
         hits = np.concatenate([[0], np.cumsum(np.isin(hashes, forbidden))])
         found |= hits[offsets[1:]] > hits[offsets[:-1]]
-    found &= training
     return found

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from raylm.corpus.sources import Unit, list_files, plan_units
+from raylm.corpus.sources import STREAM_UNIT_BYTES, Unit, list_files, plan_units
 from raylm.errors import InputError
 from raylm.settings import CorpusSettings, Settings
 from raylm.storage import StoragePath, fingerprint
@@ -93,10 +94,26 @@ class Plan:
 def make_plan(settings: Settings) -> Plan:
     """The plan of the settings' corpus; files are looked at, not read.
 
+    Where pretraining streams its documents, the corpus is all pairs and a sample of the documents.
+
     :raises InputError: there is no source, or one is missing or damaged.
     """
+    if settings.pretrain.stream:
+        return plan_stream(settings)[0]
+    return _plan(settings, plan_units(settings.corpus))
+
+
+def plan_stream(settings: Settings) -> tuple[Plan, Plan]:
+    """Where pretraining streams its documents: the plan of the sample to prepare, and that of the documents to stream.
+
+    :raises InputError: as `make_plan`.
+    """
+    units = plan_units(settings.corpus, STREAM_UNIT_BYTES)
+    return _plan(settings, _sampled(units, settings.corpus)), _plan(settings, [u for u in units if u.documents])
+
+
+def _plan(settings: Settings, units: list[Unit]) -> Plan:
     corpus = settings.corpus
-    units = tuple(plan_units(corpus))
     if not units:
         raise InputError("corpus: no sources; name some under corpus.documents or corpus.pairs")
     evaluation = [
@@ -108,6 +125,18 @@ def make_plan(settings: Settings) -> Plan:
         corpus=corpus,
         start_from=corpus.tokenizer.start_from or settings.model.start_from,
         tokens=(StoragePath(settings.storage) / "tokens" / corpus.name).uri,
-        units=units,
+        units=tuple(units),
         evaluation=tuple(evaluation),
     )
+
+
+def _sampled(units: list[Unit], corpus: CorpusSettings) -> list[Unit]:
+    """All units with pairs, and of each source of documents as many as its part of the tokenizer's sample takes."""
+    wanted = corpus.tokenizer.sample_mb * 1e6 / max(len(corpus.documents), 1)
+    sizes: Counter[int] = Counter()
+    chosen = {unit.order for unit in units if unit.pairs}
+    for unit in sorted(units, key=lambda unit: fingerprint(unit.identity)):
+        if not unit.pairs and sizes[unit.source] < wanted:
+            chosen.add(unit.order)
+            sizes[unit.source] += unit.bytes
+    return [unit for unit in units if unit.order in chosen]

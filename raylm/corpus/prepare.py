@@ -168,7 +168,7 @@ def _statistics(
     exact = [cluster for result in merged for cluster in result["clusters"]]
     duplicates = sorted([*clusters, *exact], key=lambda cluster: -int(cluster["copies"]))[: 2 * _SHOWN]
     return {
-        "sources": _source_counts(plan, cleaned),
+        "sources": _sources(plan, cleaned, tokenized),
         "lengths": {kind: _dense(_summed(r["lengths"][kind] for r in tokenized)) for kind in ("documents", "pairs")},
         "languages": {
             kind: dict(_summed(r["languages"][kind] for r in tokenized).most_common())
@@ -180,20 +180,22 @@ def _statistics(
     }
 
 
-def _source_counts(plan: Plan, cleaned: list[Result]) -> list[dict[str, Any]]:
-    """Each source's rows read, rejected, dropped and kept by cleaning."""
+def _sources(plan: Plan, cleaned: list[Result], tokenized: list[Result]) -> list[dict[str, Any]]:
+    """Each source's rows read, rejected, dropped and kept by cleaning; of documents, also their training tokens."""
     corpus = plan.corpus
     sources = [*corpus.documents, *corpus.pairs]
     totals: list[Counter[str]] = [Counter() for _ in sources]
     for unit, result in zip(plan.units, cleaned, strict=True):
         totals[unit.source].update(result["counts"])
+    tokens = _summed(result["tokens"] for result in tokenized)
     described = []
     for number, (source, total) in enumerate(zip(sources, totals, strict=True)):
         is_document = number < len(corpus.documents)
         key = f"documents[{number}]" if is_document else f"pairs[{number - len(corpus.documents)}]"
         total["kept_clean"] = total.pop("kept", 0)
         what = getattr(source, "path", None) or ", ".join(getattr(source, "packages", ())) or getattr(source, "to", "")
-        described.append({"name": f"corpus.{key}", "describes": f"{source.type} {what}", "counts": dict(total)})
+        shown = {"name": f"corpus.{key}", "describes": f"{source.type} {what}", "counts": dict(total)}
+        described.append(shown | ({"tokens": tokens[str(number)]} if is_document else {}))
     return described
 
 

@@ -75,6 +75,12 @@ class Dropped:
 Outcome = Cleaned | Dropped | Rejected
 
 
+def cleaned_table(rows: list[Cleaned]) -> pa.Table:
+    """The rows in the schema `CLEANED`."""
+    columns = {field.name: pa.array([getattr(row, field.name) for row in rows], field.type) for field in CLEANED}
+    return pa.table(columns, CLEANED)
+
+
 def cleaned_records(
     records: Iterable[Record], corpus: CorpusSettings, origin: object, counts: Counter[str]
 ) -> Iterator[Outcome]:

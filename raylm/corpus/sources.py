@@ -31,7 +31,7 @@ from raylm.settings import (
 )
 from raylm.storage import StoragePath, find_files
 
-_MIN_UNIT_BYTES = 8 << 20
+STREAM_UNIT_BYTES = _MIN_UNIT_BYTES = 8 << 20
 _MAX_UNIT_BYTES = 256 << 20
 _WANTED_UNITS = 4_096
 _MANY_FILES = 1_000
@@ -103,9 +103,10 @@ class FoundFile:
         return own | ({"target": self.target.identity} if self.target else {})
 
 
-def plan_units(corpus: CorpusSettings) -> list[Unit]:
+def plan_units(corpus: CorpusSettings, unit_bytes: int | None = None) -> list[Unit]:
     """The units of all sources, in the order of the sources, of their files' names, and of the places in a file.
 
+    :param unit_bytes: about the size of a unit; by default larger ones for a large corpus.
     :raises InputError: a source has no files, a file lacks a column or is damaged, a package is not installed, a
         language has no CLDR data.
     """
@@ -117,7 +118,7 @@ def plan_units(corpus: CorpusSettings) -> list[Unit]:
         for number, source in enumerate(sources)
         if isinstance(source, FileSource | PairFileSource)
     }
-    unit_bytes = _unit_bytes(sum(file.bytes for found in files.values() for file in found))
+    unit_bytes = unit_bytes or _unit_bytes(sum(file.bytes for found in files.values() for file in found))
     units: list[Unit] = []
     for number, source in enumerate(sources):
         if isinstance(source, FileSource | PairFileSource):

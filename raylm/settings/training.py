@@ -84,6 +84,10 @@ class PretrainSettings(TrainingSettings):
     """Mean length of a hidden span, for `denoise`."""
     denoise_target: Literal["text", "spans"] = "text"
     """What `denoise` writes: the whole text (as BART, learned soonest) or only the hidden spans (as T5, cheaper)."""
+    stream: bool = False
+    """Clean and tokenise the documents while training, on CPUs of its own: for a corpus that is not to be written down.
+    `raylm prepare` then prepares a sample of them (`corpus.tokenizer.sample_mb`), for the tokenizer and validation.
+    Copies are found within `corpus.shard_mb` alone; a run that continues skips nothing, but reads some text again."""
 
 
 class FinetuneSettings(TrainingSettings):

@@ -13,7 +13,7 @@ import numpy as np
 from raylm.errors import TrainingError
 from raylm.metrics import perplexity
 from raylm.settings import FinetuneSettings, PretrainSettings
-from raylm.storage import METRICS, StoragePath
+from raylm.storage import METRICS, Manifest, StoragePath
 from raylm.tasks import TASKS
 from raylm.training import checkpoint as checkpoints
 from raylm.training.batches import (
@@ -24,8 +24,17 @@ from raylm.training.batches import (
     TokenLists,
     micro_batches_for,
 )
-from raylm.training.objectives import IGNORE, MicroBatch, PackedDocuments, Pairs, Vocabulary, objective_for
+from raylm.training.objectives import (
+    IGNORE,
+    MicroBatch,
+    PackedDocuments,
+    Pairs,
+    SelfSupervision,
+    Vocabulary,
+    objective_for,
+)
 from raylm.training.schedule import learning_rate
+from raylm.training.streaming import StreamedBatches
 from raylm.training.zero import build_engine, deepspeed_config, prepare_backend, resolve_precision
 
 if TYPE_CHECKING:
@@ -49,6 +58,16 @@ class TrainingJob:
     tokens: str
     model: str
     start: str | None
+
+
+class Batches(Protocol):
+    """Where the examples of each step come from."""
+
+    def micro_batches(self, step: int, rank: int, world_size: int, count: int) -> list[MicroBatch]: ...
+
+    def position(self, device: torch.device) -> dict[str, int]:
+        """What a checkpoint has to note besides its step, for a run to continue. A collective of all workers."""
+        ...
 
 
 class Order(Protocol):
@@ -79,6 +98,10 @@ class Split:
             self.source.micro_batch(part) if len(part.indices) else self.source.micro_batch(spare).unlabelled()
             for part in parts
         ]
+
+    def position(self, device: torch.device) -> dict[str, int]:
+        """Nothing: the number of the step says which batch comes next."""
+        return {}
 
 
 class Reporter(Protocol):
@@ -135,7 +158,8 @@ def train_worker(job: TrainingJob, report: Reporter) -> None:
             if log:
                 log.add(row)
             if saving:
-                checkpoints.save(engine, run, row, job.settings.model_dump(mode="json"), settings.keep_last)
+                noted = row | training.position(device)
+                checkpoints.save(engine, run, noted, job.settings.model_dump(mode="json"), settings.keep_last)
                 if log:
                     log.publish()
             window.paused_s += time.monotonic() - paused
@@ -143,8 +167,8 @@ def train_worker(job: TrainingJob, report: Reporter) -> None:
         log.publish()
 
 
-def setup(job: TrainingJob, world_size: int, device: torch.device) -> tuple[DeepSpeedEngine, Split, Split, int]:
-    """The engine, the training split, the validation split, and the micro-batches of a step."""
+def setup(job: TrainingJob, world_size: int, device: torch.device) -> tuple[DeepSpeedEngine, Batches, Split, int]:
+    """The engine, the training batches, the validation split, and the micro-batches of a step."""
     import torch
 
     from raylm import models
@@ -153,8 +177,8 @@ def setup(job: TrainingJob, world_size: int, device: torch.device) -> tuple[Deep
     prepare_backend(device)
     tokenizer = models.load_tokenizer(job.model)
     config = models.load_config(job.model)
-    training = open_split(job, "train", config, tokenizer)
     validation = open_split(job, "validation", config, tokenizer)
+    training = open_training(job, world_size, config, tokenizer)
     model = models.load_model(job.start) if job.start else models.build_model(config, settings.seed)
     model.config.use_cache = False
     model.train()
@@ -168,13 +192,23 @@ def setup(job: TrainingJob, world_size: int, device: torch.device) -> tuple[Deep
     return engine, training, validation, micro_batches
 
 
+def open_training(
+    job: TrainingJob, world_size: int, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast
+) -> Batches:
+    """The training batches: of the prepared corpus, or of the stream that Ray Train hands to this worker."""
+    import ray.train
+
+    settings = job.settings
+    if isinstance(settings, FinetuneSettings) or not settings.stream:
+        return open_split(job, "train", config, tokenizer)
+    shard = ray.train.get_dataset_shard("train")
+    sequences = max(step_sequences(settings.global_batch_tokens, StoragePath(job.tokens)) // world_size, 1)
+    return StreamedBatches(shard, _self_supervision(settings, config, tokenizer), sequences, settings.seed)
+
+
 def open_split(job: TrainingJob, split: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> Split:
     """The global order over one split of the prepared corpus, as the objective reads it."""
-    from raylm import models
-
     settings, tokens = job.settings, StoragePath(job.tokens)
-    objective = objective_for(settings.objective, models.architecture(config))
-    vocabulary = vocabulary_of(config, tokenizer)
     if isinstance(settings, FinetuneSettings):
         shards = Shards(tokens / "pairs" / split)
         sources, targets = TokenLists(shards, "source_ids"), TokenLists(shards, "target_ids")
@@ -187,21 +221,39 @@ def open_split(job: TrainingJob, split: str, config: PretrainedConfig, tokenizer
             weights[tasks == task] = settings.task_weights.get(task, 1.0)
         order: Order = BucketedOrder(lengths, weights, settings.global_batch_tokens, settings.seed)
         limits = (settings.max_source_tokens, settings.max_target_tokens)
-        return Split(order, Pairs(sources, targets, vocabulary, *limits))
+        return Split(order, Pairs(sources, targets, vocabulary_of(config, tokenizer), *limits))
     shards = Shards(tokens / "documents" / split)
-    input_ids, document_lengths = TokenLists(shards, "input_ids"), TokenLists(shards, "document_lengths")
-    sequences = max(settings.global_batch_tokens // int(input_ids.lengths[0]), 1)
     source = PackedDocuments(
-        objective,
-        input_ids,
-        document_lengths,
-        vocabulary,
+        _self_supervision(settings, config, tokenizer),
+        TokenLists(shards, "input_ids"),
+        TokenLists(shards, "document_lengths"),
         settings.seed,
+    )
+    return Split(PackedOrder(len(shards), step_sequences(settings.global_batch_tokens, tokens), settings.seed), source)
+
+
+def step_sequences(global_batch_tokens: int, tokens: StoragePath) -> int:
+    """How many packed sequences make up a step.
+
+    :param tokens: the prepared corpus' directory.
+    """
+    corpus = Manifest.read(tokens)
+    length = corpus.settings["corpus"]["sequence_length"] if corpus else 1
+    return max(global_batch_tokens // int(length), 1)
+
+
+def _self_supervision(
+    settings: PretrainSettings, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast
+) -> SelfSupervision:
+    from raylm import models
+
+    return SelfSupervision(
+        objective_for(settings.objective, models.architecture(config)),
+        vocabulary_of(config, tokenizer),
         settings.noise_density,
         settings.mean_span_tokens,
         settings.denoise_target,
     )
-    return Split(PackedOrder(len(shards), sequences, settings.seed), source)
 
 
 def vocabulary_of(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> Vocabulary:

@@ -6,6 +6,7 @@ epoch), so a batch is the same on every worker and after every restart.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,8 +75,8 @@ class MicroBatch:
         return inputs, torch.from_numpy(self.labels).to(device)
 
 
-class PackedDocuments:
-    """Self-supervised objectives over packed sequences.
+class SelfSupervision:
+    """What is to be learned from packed sequences.
 
     :param objective: `denoise`, `causal` or `masked`.
     """
@@ -83,28 +84,24 @@ class PackedDocuments:
     def __init__(
         self,
         objective: str,
-        input_ids: TokenLists,
-        document_lengths: TokenLists,
         vocabulary: Vocabulary,
-        seed: int,
         noise_density: float,
         mean_span_tokens: float,
         denoise_target: str = "text",
     ) -> None:
         self._objective, self._denoise_target = objective, denoise_target
-        self._input_ids, self._document_lengths = input_ids, document_lengths
-        self._vocabulary, self._seed = vocabulary, seed
+        self._vocabulary = vocabulary
         self._noise_density, self._mean_span_tokens = noise_density, mean_span_tokens
 
-    def micro_batch(self, batch: GlobalBatch) -> MicroBatch:
-        rows = [self._input_ids[int(index)] for index in batch.indices]
-        generators = [
-            np.random.default_rng((self._seed, int(index), int(epoch)))
-            for index, epoch in zip(batch.indices, batch.epochs, strict=True)
-        ]
+    def micro_batch(self, rows: list[Tokens], lengths: list[Tokens], seeds: Sequence[tuple[int, ...]]) -> MicroBatch:
+        """
+        :param rows: (T,) each, filled up at the right.
+        :param lengths: the token counts of each row's documents.
+        :param seeds: of each row's noise.
+        """
+        generators = [np.random.default_rng(seed) for seed in seeds]
         if self._objective == "denoise":
             return self._denoise(rows, generators)
-        lengths = [self._document_lengths[int(index)] for index in batch.indices]
         inputs = np.stack(rows)
         labels = inputs.copy()
         mask, positions = document_mask(lengths, inputs.shape[1], causal=self._objective == "causal")
@@ -144,6 +141,24 @@ class PackedDocuments:
         inputs = np.where(chosen & (draws[:, 1] < 0.8), vocabulary.mask, inputs)
         inputs = np.where(chosen & (draws[:, 1] >= 0.9), randoms, inputs)
         return inputs, np.where(chosen, labels, IGNORE)
+
+
+class PackedDocuments:
+    """Self-supervision on the sequences of a prepared corpus."""
+
+    def __init__(
+        self, objective: SelfSupervision, input_ids: TokenLists, document_lengths: TokenLists, seed: int
+    ) -> None:
+        self._objective, self._seed = objective, seed
+        self._input_ids, self._document_lengths = input_ids, document_lengths
+
+    def micro_batch(self, batch: GlobalBatch) -> MicroBatch:
+        indices = batch.indices.tolist()
+        return self._objective.micro_batch(
+            [self._input_ids[index] for index in indices],
+            [self._document_lengths[index] for index in indices],
+            [(self._seed, index, epoch) for index, epoch in zip(indices, batch.epochs.tolist(), strict=True)],
+        )
 
 
 class Pairs:

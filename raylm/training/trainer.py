@@ -18,8 +18,9 @@ from raylm.progress import Progress, note
 from raylm.settings import FinetuneSettings, PretrainSettings, Settings, differences
 from raylm.storage import Manifest, Stopwatch, StoragePath, fingerprint
 from raylm.training import checkpoint as checkpoints
-from raylm.training.loop import TrainingJob, read_metrics, train_worker
+from raylm.training.loop import TrainingJob, read_metrics, step_sequences, train_worker
 from raylm.training.objectives import objective_for
+from raylm.training.streaming import PLACE, RECORD, TokenStream, dataset_from_checkpoint
 from raylm.training.zero import whole_weights
 
 if TYPE_CHECKING:
@@ -46,14 +47,18 @@ _FREE = {
 }
 """What may change between two starts of one run: nothing of it changes what a step computes."""
 _MOST_CPU_WORKERS = 4
+_READ_AHEAD_BYTES = 32 << 20
+"""Of a stream's sequences, for each worker."""
 
 
-def pretrain(settings: Settings) -> Manifest:
-    """A model trained on the prepared documents; continues where an earlier start of the run ended.
+def pretrain(settings: Settings, stream: TokenStream | None = None) -> Manifest:
+    """A model trained on the documents; continues where an earlier start of the run ended.
 
+    :param stream: where the documents come from with `pretrain.stream`; otherwise they are those of the prepared
+        corpus.
     :raises RaylmError: no prepared corpus, settings that contradict the run's, too few machines, a diverged loss.
     """
-    return _run(settings, settings.pretrain, parent=None)
+    return _run(settings, settings.pretrain, parent=None, stream=stream)
 
 
 def finetune(settings: Settings) -> Manifest:
@@ -134,7 +139,12 @@ def save_model(run: StoragePath, directory: Path) -> checkpoints.Checkpoint:
 # ------------------------------------------------------------------------------------------- the run
 
 
-def _run(settings: Settings, training: PretrainSettings | FinetuneSettings, parent: StoragePath | None) -> Manifest:
+def _run(
+    settings: Settings,
+    training: PretrainSettings | FinetuneSettings,
+    parent: StoragePath | None,
+    stream: TokenStream | None = None,
+) -> Manifest:
     """Train to the end, unless that has been done.
 
     :param parent: the run whose best checkpoint to start from; None starts from `model.start_from`, or afresh.
@@ -142,9 +152,9 @@ def _run(settings: Settings, training: PretrainSettings | FinetuneSettings, pare
     stage = training.section
     tokens = prepared_corpus(settings)
     run = run_directory(settings, training.name)
-    workers, use_gpu = _workers(training)
+    workers, use_gpu = _workers(training, cpus_for_data=1 if stream else 0)
     training = training.model_copy(update={"workers": workers})
-    _claim(run, settings, training, tokens, parent)
+    _claim(run, settings, training, tokens, parent, stream)
     earlier = Manifest.read(run)
     if earlier and earlier.metrics["step"] >= training.steps:
         note(f"{stage}: {run} has {earlier.metrics['step']} steps already")
@@ -160,8 +170,9 @@ def _run(settings: Settings, training: PretrainSettings | FinetuneSettings, pare
     )
     stopwatch = Stopwatch()
     with Progress(stage, training.steps, "steps") as progress:
-        _fit(job, workers, use_gpu, progress)
+        _fit(job, workers, use_gpu, progress, stream)
     best, rows = checkpoints.best(run), read_metrics(run)
+    places = checkpoints.checkpoints(run)[-1].manifest.metrics.get(PLACE, 0)
     losses = [row for row in rows if "loss" in row]
     speeds = [row["tokens_per_s"] for row in losses]
     manifest = Manifest(
@@ -169,6 +180,7 @@ def _run(settings: Settings, training: PretrainSettings | FinetuneSettings, pare
         settings={"model": settings.model.model_dump(mode="json"), stage: training.model_dump(mode="json")},
         inputs={"tokens": str(tokens), "start": str(parent) if parent else start},
         outputs=[{"name": f"checkpoints/{c.directory.name}"} for c in checkpoints.checkpoints(run)],
+        counts=stream.counts(str(run / RECORD), places + 1) if stream else {},
         metrics={
             "step": training.steps,
             "loss": losses[-1]["loss"],
@@ -190,6 +202,7 @@ def _claim(
     training: PretrainSettings | FinetuneSettings,
     tokens: StoragePath,
     parent: StoragePath | None,
+    stream: TokenStream | None,
 ) -> None:
     """Note what the run is started with, or hold it against what it was started with before.
 
@@ -199,7 +212,7 @@ def _claim(
     fixed = {
         "model": settings.model.model_dump(mode="json", exclude={"name"}),
         "training": training.model_dump(mode="json", exclude=_FREE),
-        "corpus": fingerprint(corpus.outputs) if corpus else None,
+        "corpus": fingerprint([corpus.outputs, *([stream.key] if stream else [])]) if corpus else None,
         "start": fingerprint(checkpoints.best(parent).manifest.outputs) if parent else None,
     }
     file = run / RUN_FILE
@@ -250,41 +263,56 @@ def _publish_model_files(
     return str(target)
 
 
-def _workers(training: PretrainSettings | FinetuneSettings) -> tuple[int, bool]:
+def _workers(training: PretrainSettings | FinetuneSettings, cpus_for_data: int) -> tuple[int, bool]:
     """How many workers, and whether each has a GPU, from the live cluster.
 
+    :param cpus_for_data: left to Ray Data, which gets none that a worker has.
     :raises TrainingError: more are wanted than there are machines for.
     """
     import ray
 
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-    have = gpus or cpus
-    if training.workers == "auto":
-        return (gpus, True) if gpus else (max(min(cpus, _MOST_CPU_WORKERS), 1), False)
-    if training.workers > have:
-        raise TrainingError(
-            f"{training.section}.workers is {training.workers}, the cluster has {have} {'GPUs' if gpus else 'CPUs'}"
-        )
-    return training.workers, bool(gpus)
+    have = min(gpus, cpus - cpus_for_data) if gpus else cpus - cpus_for_data
+    most = have if gpus else min(have, _MOST_CPU_WORKERS)
+    wanted = max(most, 1) if training.workers == "auto" else training.workers
+    if wanted > have:
+        kind = "GPUs" if gpus else "CPUs"
+        beside = f", {cpus_for_data} CPU of which {training.section}.stream needs" if cpus_for_data else ""
+        raise TrainingError(f"{training.section}.workers is {wanted}, the cluster has {gpus or cpus} {kind}{beside}")
+    return wanted, bool(gpus)
 
 
-def _fit(job: TrainingJob, workers: int, use_gpu: bool, progress: Progress) -> None:
+def _fit(job: TrainingJob, workers: int, use_gpu: bool, progress: Progress, stream: TokenStream | None = None) -> None:
     """Run the loop on a group of workers and follow it.
 
     :raises TrainingError: it cannot be brought to its end.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.data import ExecutionOptions, ExecutionResources
+    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    relay = ray.remote(num_cpus=0)(Relay).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    relay = ray.remote(num_cpus=0, scheduling_strategy=here)(Relay).remote()
     run = StoragePath(job.run)
+    datasets: dict[str, Any] = {}
+    if stream:
+        sequences = job.settings.steps * step_sequences(job.settings.global_batch_tokens, StoragePath(job.tokens))
+        # Called for each group of workers: one that replaces another goes on behind its last checkpoint.
+        datasets["train"] = lambda: dataset_from_checkpoint(stream, run, sequences)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job, "relay": relay},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        datasets=datasets,
+        dataset_config=DataConfig(
+            execution_options=ExecutionOptions(
+                preserve_order=True, resource_limits=ExecutionResources(object_store_memory=_READ_AHEAD_BYTES * workers)
+            )
+        ),
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1, **({"GPU": 1} if use_gpu else {})}
         ),
@@ -298,15 +326,16 @@ def _fit(job: TrainingJob, workers: int, use_gpu: bool, progress: Progress) -> N
     )
     failure: BaseException | None = None
     try:
-        with _Follower(relay, progress) as follower, _interruptible():
+        with _Follower(relay, progress), _interruptible():
             try:
                 trainer.fit()
             except TrainingFailedError as error:
                 failure = error
     finally:
         (run / "ray").delete()
-    if follower.fatal:
-        raise TrainingError(follower.fatal)
+    fatal = ray.get(relay.failed.remote())
+    if fatal:
+        raise TrainingError(fatal)
     if failure is not None:
         trace = run / "error.txt"
         trace.write_bytes(str(failure).encode())
@@ -339,19 +368,29 @@ def _worker(config: dict[str, Any]) -> None:
     try:
         train_worker(job, report if leads else lambda _: None)
     except RaylmError as error:
-        # Every worker comes to the same end; trying again would come to it again.
-        if leads:
-            ray.get(relay.push.remote({"fatal": str(error)}))
+        # Trying again would come to the same end.
+        ray.get(relay.fail.remote(str(error)))
+    except Exception:
+        # A worker that lost another one: ended by an error of ours, or in earnest?
+        if not ray.get(relay.failed.remote()):
+            raise
 
 
 class Relay:
-    """An actor that carries what the first worker reports to the driver."""
+    """An actor that carries what the first worker reports to the driver, and what ends the training from any."""
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
+        self._fatal: str | None = None
 
     def push(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
+
+    def fail(self, reason: str) -> None:
+        self._fatal = self._fatal or reason
+
+    def failed(self) -> str | None:
+        return self._fatal
 
     def drain(self) -> list[dict[str, Any]]:
         rows, self._rows = self._rows, []
@@ -367,7 +406,6 @@ class _Follower:
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._started = False
         self._validation = ""
-        self.fatal: str | None = None
 
     def __enter__(self) -> _Follower:
         self._thread.start()
@@ -385,15 +423,13 @@ class _Follower:
             finished = self._stop.wait(0.5)
             try:
                 rows = ray.get(self._relay.drain.remote(), timeout=30)
-            except Exception:  # the relay's node is gone: training is followed no longer, but goes on
+            except ray.exceptions.RayError:  # too busy to answer: training is followed no longer, but goes on
                 return
             for row in rows:
                 self._show(row)
 
     def _show(self, row: dict[str, Any]) -> None:
-        if "fatal" in row:
-            self.fatal = row["fatal"]
-        elif "note" in row:
+        if "note" in row:
             note(row["note"])
         elif "validation_loss" in row:
             self._validation = f"  validation {row['validation_loss']:.3f}"
