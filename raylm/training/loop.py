@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 from raylm.errors import TrainingError
 from raylm.metrics import perplexity
 from raylm.settings import FinetuneSettings, PretrainSettings
-from raylm.storage import METRICS, Manifest, StoragePath
+from raylm.storage import Manifest, StoragePath
 from raylm.tasks import TASKS
 from raylm.training import checkpoint as checkpoints
 from raylm.training.batches import (
@@ -35,6 +34,7 @@ from raylm.training.objectives import (
 )
 from raylm.training.schedule import learning_rate
 from raylm.training.streaming import StreamedBatches
+from raylm.training.telemetry import MetricsLog, Reporter, Window
 from raylm.training.zero import build_engine, deepspeed_config, prepare_backend, resolve_precision
 
 if TYPE_CHECKING:
@@ -102,10 +102,6 @@ class Split:
     def position(self, device: torch.device) -> dict[str, int]:
         """Nothing: the number of the step says which batch comes next."""
         return {}
-
-
-class Reporter(Protocol):
-    def __call__(self, metrics: dict[str, Any]) -> None: ...
 
 
 def train_worker(job: TrainingJob, report: Reporter) -> None:
@@ -349,62 +345,3 @@ def validate(
     engine.train()
     dist.all_reduce(totals)
     return float(totals[0] / totals[1].clamp(min=1))
-
-
-class Window:
-    """What happened since the last line of the log."""
-
-    def __init__(self) -> None:
-        self._loss_sum, self._target_tokens, self._padded_tokens = 0.0, 0, 0
-        self._start = time.monotonic()
-        self.data_wait_s = 0.0
-        self.paused_s = 0.0
-        """Seconds spent on validation and checkpoints: not training, so not in the speed."""
-
-    def add(self, loss_sum: float, target_tokens: int, padded_tokens: int) -> None:
-        self._loss_sum += loss_sum
-        self._target_tokens += target_tokens
-        self._padded_tokens += padded_tokens
-
-    def metrics(self) -> dict[str, float]:
-        """Mean loss in nats per target token; padded tokens per second of all workers; share spent on data."""
-        seconds = max(time.monotonic() - self._start - self.paused_s, 1e-9)
-        return {
-            "loss": self._loss_sum / max(self._target_tokens, 1),
-            "tokens_per_s": round(self._padded_tokens / seconds, 1),
-            "data_wait": round(self.data_wait_s / seconds, 4),
-        }
-
-
-class MetricsLog:
-    """The run's `metrics.jsonl` and TensorBoard events, kept by rank 0 and published with each checkpoint.
-
-    Rows beyond the step that a run continues from are dropped: those steps come again.
-    """
-
-    def __init__(self, run: StoragePath, first_step: int, report: Reporter) -> None:
-        self._file, self._report = run / METRICS, report
-        self._rows = [row for row in read_metrics(run) if row["step"] <= first_step]
-        self._board: Any = None
-        if run.is_local:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run.local() / "tensorboard"), purge_step=first_step)
-
-    def add(self, row: dict[str, Any]) -> None:
-        self._rows.append(row)
-        self._report(row)
-        if self._board:
-            for name, value in row.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, row["step"])
-
-    def publish(self) -> None:
-        self._file.write_bytes("".join(json.dumps(row) + "\n" for row in self._rows).encode())
-        if self._board:
-            self._board.flush()
-
-
-def read_metrics(run: StoragePath) -> list[dict[str, Any]]:
-    """The rows of a run's metrics, oldest first; none where it has not logged yet."""
-    return (run / METRICS).read_jsonl()

@@ -18,9 +18,10 @@ from raylm.progress import Progress, note
 from raylm.settings import FinetuneSettings, PretrainSettings, Settings, differences
 from raylm.storage import Manifest, Stopwatch, StoragePath, fingerprint
 from raylm.training import checkpoint as checkpoints
-from raylm.training.loop import TrainingJob, read_metrics, step_sequences, train_worker
+from raylm.training.loop import TrainingJob, step_sequences, train_worker
 from raylm.training.objectives import objective_for
 from raylm.training.streaming import PLACE, RECORD, TokenStream, dataset_from_checkpoint
+from raylm.training.telemetry import read_metrics
 from raylm.training.zero import whole_weights
 
 if TYPE_CHECKING:
