@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -56,6 +56,7 @@ def _with_settings(command: Command) -> Command:
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+_dry_run_option = click.option("--dry-run", is_flag=True, help="Say memory, tokens and time; start nothing.")
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -96,9 +97,13 @@ def prepare(settings: Settings, as_json: bool) -> None:
 
 @main.command()
 @_with_settings
+@_dry_run_option
 @_json_option
-def pretrain(settings: Settings, as_json: bool) -> None:
+def pretrain(settings: Settings, dry_run: bool, as_json: bool) -> None:
     """Train a model on the documents of the corpus, which is prepared first where it is not."""
+    if dry_run:
+        _print_estimate(settings, "pretrain", as_json)
+        return
     from raylm.corpus.stream import open_stream
     from raylm.training.trainer import pretrain as stage
 
@@ -109,9 +114,13 @@ def pretrain(settings: Settings, as_json: bool) -> None:
 
 @main.command()
 @_with_settings
+@_dry_run_option
 @_json_option
-def finetune(settings: Settings, as_json: bool) -> None:
+def finetune(settings: Settings, dry_run: bool, as_json: bool) -> None:
     """Train the pretrained model on the labelled pairs of the corpus."""
+    if dry_run:
+        _print_estimate(settings, "finetune", as_json)
+        return
     from raylm.training.trainer import finetune as stage
 
     with ray_session():
@@ -321,6 +330,13 @@ def _prepare_if_needed(settings: Settings) -> None:
         from raylm.corpus.prepare import prepare as stage
 
         stage(settings)
+
+
+def _print_estimate(settings: Settings, stage: Literal["pretrain", "finetune"], as_json: bool) -> None:
+    from raylm.training.estimate import dry_run, estimate_table
+
+    estimate = dry_run(settings, stage)
+    click.echo(json.dumps(asdict(estimate), indent=2, ensure_ascii=False) if as_json else estimate_table(estimate))
 
 
 def _print(manifest: Manifest, as_json: bool) -> None:

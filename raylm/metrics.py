@@ -1,8 +1,9 @@
-"""Scores of generated text against references: chrF and BLEU (sacreBLEU), ROUGE, exact match, perplexity."""
+"""Scores of answers against references: chrF and BLEU (sacreBLEU), ROUGE, exact match, accuracy, F1, perplexity."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,8 +33,30 @@ def bleu(predictions: Sequence[str], references: Sequence[str], to: str | None =
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
     """Share of predictions equal to their reference, in percent."""
+    return {"exact_match": _hits_percent(predictions, references)}
+
+
+def accuracy(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
+    """Share of labels that are right, in percent."""
+    return {"accuracy": _hits_percent(predictions, references)}
+
+
+def _hits_percent(predictions: Sequence[str], references: Sequence[str]) -> float:
     hits = sum(a == b for a, b in zip(predictions, references, strict=True))
-    return {"exact_match": round(100 * hits / max(len(references), 1), 2)}
+    return round(100 * hits / max(len(references), 1), 2)
+
+
+def macro_f1(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
+    """Mean F1 of all labels, 0…100: a rare label weighs as much as a common one.
+
+    Labels are those that a prediction or a reference has, as for `f1_score(average="macro")` of scikit-learn. With
+    F1 = 2·hits / (predicted + expected) no label divides by zero.
+    """
+    predicted, expected = Counter(predictions), Counter(references)
+    hits = Counter(a for a, b in zip(predictions, references, strict=True) if a == b)
+    labels = predicted.keys() | expected.keys()
+    total = sum(2 * hits[label] / (predicted[label] + expected[label]) for label in sorted(labels))
+    return {"macro_f1": round(100 * total / max(len(labels), 1), 2)}
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
@@ -95,6 +118,10 @@ def score(
         scores |= bleu(predictions, references, to)
     if "exact_match" in names:
         scores |= exact_match(predictions, references)
+    if "accuracy" in names:
+        scores |= accuracy(predictions, references)
+    if "macro_f1" in names:
+        scores |= macro_f1(predictions, references)
     if any(name.startswith("rouge") for name in names):
         scores |= rouge(predictions, references)
     return scores

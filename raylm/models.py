@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from raylm.errors import ArtifactError
+from raylm.errors import ArtifactError, SettingsError
 from raylm.settings import ModelSettings
+from raylm.settings.training import LoraSettings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -111,15 +114,16 @@ def build_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerFast) ->
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The `transformers` auto class that gives a config its head: seq2seq, causal or masked language model."""
+    """The `transformers` auto class that gives a config its head: seq2seq, causal or masked language model, labels."""
     import transformers
 
-    classes: dict[Architecture, type[PreTrainedModel]] = {
+    classes: dict[Architecture | Literal["classifier"], type[PreTrainedModel]] = {
+        "classifier": transformers.AutoModelForSequenceClassification,
         "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
         "decoder": transformers.AutoModelForCausalLM,
         "encoder": transformers.AutoModelForMaskedLM,
     }
-    return classes[architecture(config)]
+    return classes["classifier" if is_classifier(config) else architecture(config)]
 
 
 def architecture(config: PretrainedConfig) -> Architecture:
@@ -135,12 +139,57 @@ def architecture(config: PretrainedConfig) -> Architecture:
     return "encoder"
 
 
+def is_classifier(config: PretrainedConfig) -> bool:
+    """Whether a config is that of a model that gives a text one of its labels."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def labels_of(config: PretrainedConfig) -> list[str]:
+    """The labels of a classifier in the order of their numbers."""
+    return [config.id2label[number] for number in range(config.num_labels)]
+
+
+def with_head(config: PretrainedConfig, labels: Sequence[str], pad_token_id: int) -> PretrainedConfig:
+    """The config of a classifier, or of a language model where there are no labels.
+
+    What a config says in `architectures`, as every config of the hub does, decides the head that its models get.
+
+    :param labels: in the order of their numbers; a classifier that knows exactly these keeps the order that it has.
+    :param pad_token_id: a decoder finds the last token of a text by it.
+    :raises SettingsError: `transformers` has no classifier of this kind.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
+
+    config = copy.deepcopy(config)
+    if not labels:
+        config.architectures = None
+        return config
+    if config.model_type not in CLASSIFIERS:
+        raise SettingsError(f"finetune.objective: transformers has no classifier of the kind '{config.model_type}'")
+    if not (is_classifier(config) and set(labels_of(config)) == set(labels)):
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: number for number, label in enumerate(labels)}
+    config.architectures = [CLASSIFIERS[config.model_type]]
+    config.problem_type = "single_label_classification"
+    if config.pad_token_id is None:
+        config.pad_token_id = pad_token_id
+    return config
+
+
 def build_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
-    """A model with fresh weights that depend on the config and the seed alone."""
+    """A model with fresh weights that depend on the config and the seed alone: whole, or in shards for ZeRO-3."""
     import torch
+    from transformers.initialization import no_init_weights
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     torch.manual_seed(seed)
-    return _with_fixed_positions(model_class(config).from_config(config))
+    if is_deepspeed_zero3_enabled():
+        return _with_fixed_positions(model_class(config).from_config(config))
+    # As it builds a sharded one: layers do not draw weights of their own before those of the model are drawn.
+    with no_init_weights():
+        model = model_class(config).from_config(config)
+    model.init_weights()
+    return _with_fixed_positions(model)
 
 
 def load_config(path: str) -> PretrainedConfig:
@@ -157,17 +206,22 @@ def load_config(path: str) -> PretrainedConfig:
         raise ArtifactError(_not_a_model(path, error)) from error
 
 
-def load_model(path: str) -> PreTrainedModel:
-    """A pretrained model with its language-model head, in fp32.
+def load_model(path: str, config: PretrainedConfig | None = None, seed: int = 0) -> PreTrainedModel:
+    """A pretrained model in fp32, with the head that its config asks for.
 
     :param path: a directory in Hugging Face layout, or an id of a hub.
-    :raises ArtifactError: it is neither.
+    :param config: says which head, and what labels; by default the model's own.
+    :param seed: of the weights of a head that is new.
+    :raises ArtifactError: the path is neither.
     """
     import torch
 
-    config = load_config(path)
+    config = config or load_config(path)
+    # A classifier of other labels has a head of another size, which the new one replaces.
+    options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": is_classifier(config)}
+    torch.manual_seed(seed)
     try:
-        return _with_fixed_positions(model_class(config).from_pretrained(path, dtype=torch.float32))
+        return _with_fixed_positions(model_class(config).from_pretrained(path, **options))
     except (OSError, ValueError) as error:
         raise ArtifactError(_not_a_model(path, error)) from error
 
@@ -185,16 +239,23 @@ def _with_fixed_positions(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model or of a prepared corpus.
+    """The tokenizer of a model or of a prepared corpus, with an end and a padding token.
+
+    BERT's texts end with `[SEP]`, and what has no padding (Llama) is padded with its end.
 
     :raises ArtifactError: there is none.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ArtifactError(_not_a_model(path, error)) from error
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = tokenizer.sep_token
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def check_model_directory(path: str | os.PathLike[str]) -> Path:
@@ -211,6 +272,43 @@ def check_model_directory(path: str | os.PathLike[str]) -> Path:
     if not weights:
         raise ArtifactError(f"model {directory}: not a model directory, there are no *.safetensors weights")
     return directory
+
+
+def with_lora(model: PreTrainedModel, lora: LoraSettings) -> PreTrainedModel:
+    """The model with frozen weights and trainable adapters beside its linear layers (Hu et al. 2021).
+
+    It is called as before. The head of a classifier, which may be new, is trained as a whole.
+
+    :raises SettingsError: the model has no layers of the wanted names.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    targets = "all-linear" if lora.target_modules == "auto" else list(lora.target_modules)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type=TaskType.SEQ_CLS if is_classifier(model.config) else None,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        import torch
+
+        linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        raise SettingsError(
+            f"finetune.lora.target_modules: {list(lora.target_modules)} fits no layer of a {model.config.model_type}; "
+            f"its linear layers are called {', '.join(sorted(linear))}"
+        ) from error
+
+
+def merged(model: PreTrainedModel) -> PreTrainedModel:
+    """The plain model that computes what a model `with_lora` does: adapters added to the weights, all trainable."""
+    plain = model.merge_and_unload()
+    for parameter in plain.parameters():
+        parameter.requires_grad = True
+    return _with_fixed_positions(plain)
 
 
 def parameter_count(model: PreTrainedModel) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
@@ -13,11 +11,13 @@ from rich.text import Text
 
 from raylm import __version__
 from raylm.errors import ArtifactError
+from raylm.plots import run_charts
 from raylm.progress import duration
 from raylm.storage import MANIFEST, METRICS, PREDICTIONS, Manifest, StoragePath
 from raylm.summary import (
     SCORES,
     below,
+    course_facts,
     drop_reasons,
     manifest_facts,
     percent,
@@ -37,7 +37,6 @@ STAGES = ("prepare", "pretrain", "finetune", "evaluate", "export", "batch-transl
 _MOST_SAMPLES = 30
 _SHOWN_SAMPLES = 6
 _SHOWN_LANGUAGES = 8
-_MOST_POINTS = 2_000
 
 
 def write_report(root: str, html: str | None = None) -> str:
@@ -164,7 +163,8 @@ def render_page(found: Found) -> str:
         score_sets=score_sets,
         score_rows=score_rows,
         score_names=SCORES,
-        charts=lambda artifact: [(what, Markup(svg)) for what, svg in run_charts(artifact)],
+        course_facts=course_facts,
+        charts=lambda artifact: [(what, Markup(svg)) for what, svg in run_charts(artifact.name, artifact.progress)],
         shown_samples=_SHOWN_SAMPLES,
     )
 
@@ -249,79 +249,3 @@ def sample_groups(manifest: Manifest) -> list[tuple[str, str, int, list[str]]]:
         (name.replace(".", ": ").replace("_", " "), name.partition(".")[0], counts.get(name, 0), samples[name])
         for name in names
     ]
-
-
-# ------------------------------------------------------------------------------------ the course of a run
-
-
-# Colours that stand in the SVG until the page's own, which follow the reader's colour scheme, replace them.
-_COLOURS = {f"#01020{number}": f"var(--{name})" for number, name in enumerate(("text", "line", "model", "other"))}
-_TEXT, _LINE, *_SERIES = _COLOURS
-_NICE = (1, 2, 5, 10)
-
-
-_Series = tuple[str, list[dict[str, Any]], str]  # label, rows, the key of the rows' value
-
-
-def run_charts(artifact: Artifact) -> list[tuple[str, str]]:
-    """A run's loss, speed and learning rate over its steps: what each chart shows, and its SVG."""
-    logged = _thinned([row for row in artifact.progress if "loss" in row])
-    validated = _thinned([row for row in artifact.progress if "validation_loss" in row])
-    if not logged:
-        return []
-    charts: dict[str, list[_Series]] = {
-        "loss (nats per token)": [("training", logged, "loss"), ("validation", validated, "validation_loss")],
-        "tokens/s": [("", logged, "tokens_per_s")],
-        "learning rate": [("", logged, "learning_rate")],
-    }
-    drawn = []
-    for what, series in charts.items():
-        first, last = (row[series[0][2]] for row in (logged[0], logged[-1]))
-        svg = _chart(f"{artifact.name} {what}", series, what, 4.3 if len(series) > 1 else 2.15)
-        drawn.append((f"{what} over steps, from {first:,.4g} to {last:,.4g}", svg))
-    return drawn
-
-
-def _thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Evenly chosen rows, as many as a chart can show, always with the last one."""
-    return rows[:: -max(-(-len(rows) // _MOST_POINTS), 1)][::-1]
-
-
-def _chart(salt: str, series: list[_Series], y_label: str, height_inches: float) -> str:
-    """Lines over steps as an SVG element that scales with the page.
-
-    :param salt: makes the ids of this chart its own among all of the page.
-    """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    style = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 11, "axes.spines.top": False}
-    style |= {"axes.spines.right": False, "axes.edgecolor": _LINE, "axes.labelcolor": _TEXT, "text.color": _TEXT}
-    style |= {"xtick.color": _TEXT, "ytick.color": _TEXT, "grid.color": _LINE, "figure.constrained_layout.use": True}
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(6.4, height_inches))
-        axes = figure.subplots()
-        for (label, rows, key), colour in zip(series, _SERIES, strict=False):
-            steps, values = [row["step"] for row in rows], [row[key] for row in rows]
-            marker = "o" if len(rows) < 25 else ""
-            axes.plot(steps, values, color=colour, label=label, marker=marker, markersize=4, linewidth=1.8)
-        axes.set(xlabel="step", ylabel=y_label)
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(6, integer=True, steps=_NICE))
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(round(height_inches + 1.5), steps=_NICE))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1_000 else f"{value:g}")
-        axes.grid(axis="y", linewidth=0.6)
-        if len(series) > 1:
-            axes.legend(frameon=False)
-        else:
-            axes.set_ylim(bottom=0)
-        buffer = io.StringIO()
-        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
-    svg = buffer.getvalue().partition("<svg")[2]
-    svg = re.sub(r' (?:width|height)="[^"]*pt"', "", f"<svg{svg}", count=2)  # the page says how wide
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # only what is referred to needs an id
-    for placeholder, colour in _COLOURS.items():
-        svg = svg.replace(placeholder, colour)
-    return svg.strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 from rich import box
@@ -17,6 +18,7 @@ from raylm.progress import duration
 from raylm.storage import METRICS, Manifest, StoragePath
 
 SCORES = {"chrf": "chrF", "bleu": "BLEU", "exact_match": "exact match %"}
+SCORES |= {"accuracy": "accuracy %", "macro_f1": "macro-F1"}
 SCORES |= {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 _MINOR_SCORES = ("ROUGE-1", "ROUGE-2")
 _MOST_FACTS = 12
@@ -136,6 +138,31 @@ def text_facts(manifest: Manifest) -> list[tuple[str, str]]:
     return facts
 
 
+def course_facts(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """How a run used its machines, from the rows of its metrics; what older rows do not say is left out.
+
+    Speeds and shares are those of the median row: a run's first rows are slow, and a machine may be busy for a while.
+    """
+    facts = []
+    if utilisation := _values(rows, "mfu"):
+        facts.append(("utilisation", f"{percent(median(utilisation), 1)} of the measured matmul peak"))
+    if padding := [1 - row["real_tokens_per_s"] / row["tokens_per_s"] for row in rows if row.get("real_tokens_per_s")]:
+        facts.append(("padding", f"{percent(median(padding), 1)} of the positions computed"))
+    if steps := _values(rows, "step_s"):
+        waiting = percent(median(_values(rows, "data_wait") or [0.0]), 1)
+        facts.append(("step", f"{median(steps):.3g} s, of which {waiting} waiting for data"))
+        checkpoints, validation = (duration(sum(_values(rows, key))) for key in ("checkpoint_s", "validation_s"))
+        facts.append(("paused", f"{checkpoints} for checkpoints, {validation} for validation"))
+    if memory := _values(rows, "memory_gb"):
+        facts.append(("memory", f"{max(memory):.2f} GB at most, of the first worker"))
+    return facts
+
+
+def _values(rows: list[dict[str, Any]], key: str) -> list[float]:
+    """What the rows that have a key say."""
+    return [row[key] for row in rows if key in row]
+
+
 def drop_reasons(counts: dict[str, Any]) -> list[tuple[str, int]]:
     """Why rows were dropped in preparation, the commonest reason first."""
     return _commonest(counts, "dropped.")
@@ -179,7 +206,9 @@ def _result(manifest: Manifest, progress: list[dict[str, Any]]) -> str:
     if manifest.stage in ("pretrain", "finetune"):
         losses = [row["loss"] for row in progress if "loss" in row]
         start = f"{losses[0]:.2f} → " if losses else ""
-        return f"loss {start}{metrics['loss']:.2f}, {metrics['tokens_per_s']:,.0f} tokens/s"
+        utilisation = _values(progress, "mfu")
+        used = f", MFU {percent(median(utilisation), 1)}" if utilisation else ""
+        return f"loss {start}{metrics['loss']:.2f}, {metrics['tokens_per_s']:,.0f} tokens/s{used}"
     if manifest.stage == "evaluate":
         return "\n".join(f"{task}: {_score_line(result)}" for task, result in score_sets(manifest))
     if manifest.stage.startswith("batch-"):

@@ -14,7 +14,7 @@ def language_token(to: str) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """Text in, text out.
+    """Text in, text or label out.
 
     :param name: as in `raylm batch-<name>`.
     :param column: where a batch job writes the answer.
@@ -31,9 +31,13 @@ class Task:
         """The task token that stands before the text.
 
         :param to: the target language, for `translate`.
+        :raises ValueError: `translate` without a language, and `classify`, for which a model is made that does nothing
+            else.
         """
         if self == SUMMARIZE:
             return SUMMARY_TOKEN
+        if self == CLASSIFY:
+            raise ValueError("classify has no task token: its model reads the text alone")
         if not to:
             raise ValueError("translate needs a target language, such as 'de'")
         return language_token(to)
@@ -41,5 +45,6 @@ class Task:
 
 TRANSLATE = Task("translate", column="translation", done="translated", metrics=("chrf", "bleu", "exact_match"))
 SUMMARIZE = Task("summarize", column="summary", done="summarized", metrics=("rougeL", "rouge1", "rouge2"))
+CLASSIFY = Task("classify", column="label", done="classified", metrics=("accuracy", "macro_f1"))
 
-TASKS = {task.name: task for task in (TRANSLATE, SUMMARIZE)}
+TASKS = {task.name: task for task in (TRANSLATE, SUMMARIZE, CLASSIFY)}

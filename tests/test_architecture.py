@@ -16,7 +16,7 @@ FLOORS = [
     {"errors"},
     {"settings", "storage", "progress"},
     {"tasks", "models", "metrics", "sentences"},
-    {"summary"},
+    {"summary", "plots"},
     {"corpus", "training", "inference", "report"},
     {"quickstart"},
     {"cli"},

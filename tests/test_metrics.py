@@ -34,3 +34,16 @@ def test_chinese_is_scored_by_character() -> None:
 
 def test_signatures_say_how_a_score_was_made() -> None:
     assert metrics.chrf(["a"], ["a"])["chrf_signature"].startswith("chrF2|nrefs:1|case:mixed")
+
+
+def test_a_rare_label_weighs_as_much_as_a_common_one() -> None:
+    references = ["a"] * 8 + ["b"] * 2
+    always_a = metrics.score(("accuracy", "macro_f1"), ["a"] * 10, references)
+    # F1 of a: 2·8 / (10 + 8); of b: none
+    assert always_a == {"accuracy": 80.0, "macro_f1": pytest.approx(100 * (16 / 18) / 2, abs=0.01)}
+    assert metrics.macro_f1(references, references) == {"macro_f1": 100.0}
+    # a: 2·1 / (2 + 1), b: 2·1 / (1 + 2), c, which nobody expected: 0
+    assert metrics.macro_f1(["a", "a", "b", "c"], ["a", "b", "b", "b"])["macro_f1"] == pytest.approx(
+        100 * (2 / 3 + 2 / 4 + 0) / 3, abs=0.01
+    )
+    assert metrics.score(("accuracy", "macro_f1"), [], []) == {"accuracy": 0.0, "macro_f1": 0.0}

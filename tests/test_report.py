@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raylm.errors import ArtifactError
+from raylm.plots import MOST_POINTS, points, thinned
 from raylm.report import Bar, funnel, languages, lengths, reasons, write_report
 from raylm.storage import Manifest, StoragePath
-from raylm.summary import manifest_table, percent, quickstart_summary, size
+from raylm.summary import course_facts, manifest_table, percent, quickstart_summary, size
 
 HOSTILE = "<script>alert('x')</script> & \"q\""
 
@@ -95,13 +96,32 @@ def training_manifest(stage: str, storage: Path) -> Manifest:
     )
 
 
+def jsonl(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def measured(step: int) -> dict[str, Any]:
+    """What a row has besides since runs tell more of themselves."""
+    return {
+        "gradient_norm": 4.0 / step,
+        "real_tokens_per_s": 9_000.0,
+        "mfu": 0.3 if step > 10 else 0.1,
+        "step_s": 0.25,
+        "data_wait": 0.02,
+        "checkpoint_stall": 0.1,
+        "checkpoint_s": 1.5,
+        "validation_s": 3.0,
+        "memory_gb": 1.0 + step / 100,
+    }
+
+
 def metrics_lines(scale: float = 1.0) -> str:
     rows: list[dict[str, Any]] = []
     for step in (10, 20, 30, 40):
         rows.append({"step": step, "loss": scale * 80 / step, "tokens_per_s": 12_000.0, "learning_rate": step / 1e4})
         if step % 20 == 0:
             rows.append({"step": step, "validation_loss": scale * 90 / step, "validation_perplexity": 9.0})
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    return jsonl(rows)
 
 
 def evaluate_manifest() -> Manifest:
@@ -325,6 +345,22 @@ def test_page_has_three_charts_for_each_run_with_units(storage: Path) -> None:
     assert "#0102" not in html  # every placeholder colour became one of the page's
 
 
+def test_page_shows_all_that_a_run_measured(storage: Path) -> None:
+    """On one page with a run that measured less, and with one that did so from some step on only."""
+    rows = [json.loads(line) for line in metrics_lines().splitlines()]
+    for run, first in (("pretrain", 10), ("finetune", 30)):
+        told = [row | measured(row["step"]) if "loss" in row and row["step"] >= first else row for row in rows]
+        (storage / f"runs/{run}/metrics.jsonl").write_text(jsonl(told))
+    html, page = page_of(storage)
+    assert page.tags.count("svg") == 10
+    for label in ("training", "validation", "gradient norm", "MFU (%)", "with padding", "without padding"):
+        assert html.count(f">{label}</text>") == 2, label
+    assert "MFU (%) over steps, from 10 to 30" in html
+    assert html.count("30.0 % of the measured matmul peak") == 2
+    assert "6 s for checkpoints, 12 s for validation" in page.text
+    assert "12,346 tokens/s, MFU 30.0 %" in write_report(str(storage / "runs/pretrain"))
+
+
 def test_page_loads_nothing_and_runs_nothing(storage: Path) -> None:
     html, page = page_of(storage)
     assert all(address.startswith("#") for address in page.addresses), page.addresses
@@ -378,10 +414,46 @@ def test_a_run_without_metrics_or_any_single_artifact_makes_a_page(storage: Path
 
 def test_a_long_run_makes_a_page_of_bounded_size(storage: Path) -> None:
     rows = [{"step": step, "loss": 4.0, "tokens_per_s": 9e3, "learning_rate": 1e-3} for step in range(1, 30_001)]
-    (storage / "runs/pretrain/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row in rows:
+        row |= measured(row["step"]) | {"gradient_norm": float(row["step"] * 7_919 % 10_007)}  # a line full of spikes
+    (storage / "runs/pretrain/metrics.jsonl").write_text(jsonl(rows))
     html = page_of(storage)[0]
     assert len(html) < 500_000
     assert ">30,000</text>" in html
+
+
+@given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=400), st.integers(4, 60))
+def test_thinning_keeps_the_outline(values: list[float], most: int) -> None:
+    course = list(enumerate(values))
+    kept = thinned(course, most)
+    assert len(kept) <= max(most, 1)
+    assert [point for point in course if point in kept] == kept, "the same points in the same order"
+    assert (kept[0], kept[-1]) == (course[0], course[-1])
+    assert {max(value for _, value in kept), min(value for _, value in kept)} == {max(values), min(values)}
+    if len(course) <= most:
+        assert kept == course
+
+
+def test_a_spike_of_one_step_stays_in_the_chart() -> None:
+    rows: list[dict[str, Any]] = [{"step": step, "gradient_norm": 1.0} for step in range(1, 100_001)]
+    rows[54_321]["gradient_norm"] = 250.0
+    rows[60_000]["gradient_norm"] = float("inf")  # fp16 that overflowed: nothing to draw
+    found = points(rows, "gradient_norm")
+    assert len(found) <= MOST_POINTS
+    assert (54_322, 250.0) in found
+    assert points(rows, "mfu") == []
+
+
+def test_facts_of_a_run_are_those_that_its_rows_tell() -> None:
+    old = [{"step": 10, "loss": 2.0, "tokens_per_s": 12_000.0}]
+    assert course_facts([]) == course_facts(old) == []
+    assert course_facts(old + [old[0] | measured(step) for step in (20, 30, 40)]) == [
+        ("utilisation", "30.0 % of the measured matmul peak"),
+        ("padding", "25.0 % of the positions computed"),
+        ("step", "0.25 s, of which 2.0 % waiting for data"),
+        ("paused", "4 s for checkpoints, 9 s for validation"),
+        ("memory", "1.40 GB at most, of the first worker"),
+    ]
 
 
 def test_unknown_stages_are_listed(tmp_path: Path) -> None:

@@ -64,6 +64,22 @@ def reject_pair(
     return None
 
 
+def reject_labelled(text: str, label: str, rules: PairFilterSettings) -> str | None:
+    """None for a labelled text worth keeping, otherwise the first reason against it.
+
+    Reasons, in this order: `empty_source` (under `min_chars`, if that is not 1), `empty_target`, `too_long`,
+    `excluded`. The label is a name: that it is there is all that is asked of it.
+    """
+    text = text.strip()
+    if len(text) < max(1, rules.min_chars):
+        return "empty_source"
+    if not label.strip():
+        return "empty_target"
+    if len(text) > rules.max_chars:
+        return "too_long"
+    return "excluded" if any(re.search(pattern, text) for pattern in rules.exclude) else None
+
+
 def _against_contents(source: str, target: str, rules: PairFilterSettings) -> str | None:
     if rules.identical and source == target and len(_WORD.findall(source)) > 1:
         return "identical"

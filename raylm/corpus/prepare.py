@@ -80,7 +80,7 @@ def _counts(*steps: list[Result]) -> Counter[str]:
     for results in steps:
         for result in results:
             counts.update(result["counts"])
-    late = ("duplicate", "contaminated", "near_duplicate", "repeated_paragraphs")
+    late = ("duplicate", "contaminated", "near_duplicate", "repeated_paragraphs", "conflicting_label")
     counts["kept"] -= sum(counts[f"dropped.{reason}"] for reason in late)
     return counts
 

@@ -16,6 +16,7 @@ from raylm.errors import InputError
 from raylm.sentences import split_text
 from raylm.settings import EvaluationSource
 from raylm.storage import StoragePath
+from raylm.tasks import CLASSIFY
 
 _PARAGRAPH_END = re.compile(r"\n\s*\n")
 
@@ -65,12 +66,19 @@ def _read_piece(piece: dict[str, Any], settings: dict[str, Any], documents: bool
         elif documents:
             yield from _documents(row, settings)
         else:
-            texts = readers.row_texts(row, columns)
+            texts = readers.row_texts(_with_text_label(row) if settings["task"] == CLASSIFY.name else row, columns)
             if isinstance(texts, Rejected):
                 yield texts
             else:
                 source, target = texts
                 yield Pair(settings["task"], settings["to"], source, target, settings["split"], position=row.position)
+
+
+def _with_text_label(row: readers.Row) -> readers.Row:
+    """The row of a text and its label, which may be a whole number, as two texts."""
+    text, label = row.values
+    is_number = isinstance(label, int) and not isinstance(label, bool)
+    return replace(row, values=(text, str(label))) if is_number else row
 
 
 def _documents(row: readers.Row, settings: dict[str, Any]) -> Iterator[Document | Rejected]:

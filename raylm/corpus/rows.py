@@ -16,11 +16,12 @@ import xxhash
 from raylm.corpus.clean import clean, clean_line
 from raylm.corpus.filters import reject_document
 from raylm.corpus.language import identify
-from raylm.corpus.pair_filters import reject_pair
+from raylm.corpus.pair_filters import reject_labelled, reject_pair
 from raylm.corpus.pii import mask
 from raylm.corpus.readers import EXCERPT_CHARS
 from raylm.corpus.records import Document, Pair, Record, Rejected
 from raylm.settings import CldrSource, CorpusSettings, PairFileSource
+from raylm.tasks import CLASSIFY
 
 DOCUMENT = "document"
 """The kind of a document; that of a pair is its task."""
@@ -99,7 +100,8 @@ def cleaned_records(
             continue
         try:
             if isinstance(record, Pair):
-                outcome = _pair(record, corpus, origin, counts)
+                is_labelled = record.task == CLASSIFY.name
+                outcome = _labelled(record, corpus, counts) if is_labelled else _pair(record, corpus, origin, counts)
                 if record.with_document and isinstance(outcome, Cleaned):
                     linked = outcome.split_hash
             else:
@@ -154,6 +156,21 @@ def _pair(pair: Pair, corpus: CorpusSettings, origin: object, counts: Counter[st
     # By the source alone: the same source with two targets must not be learned and tested.
     by = xxhash.xxh3_64_intdigest(source.encode())
     return Cleaned(digest, pair.task, pair.to, pair.split, by, None, source, target, pair.to or "", counts["read"])
+
+
+def _labelled(pair: Pair, corpus: CorpusSettings, counts: Counter[str]) -> Outcome:
+    source, found = _screened(clean(pair.source, corpus.clean), corpus)
+    label = pair.target.strip()
+    if found and corpus.pii.action == "drop":
+        return Dropped("pii", pair.task, source, label)
+    reason = reject_labelled(source, label, corpus.pair_filters)
+    if reason is not None:
+        return Dropped(reason, pair.task, source, label)
+    _count_masked(found, counts)
+    by = xxhash.xxh3_64_intdigest(source.encode())
+    # Rows stand in the order of this hash: all labels of a text side by side, for one of them to be chosen.
+    digest = xxhash.xxh3_64_digest(f"{pair.task}\0{source}".encode()) + xxhash.xxh3_64_digest(label.encode())
+    return Cleaned(digest, pair.task, None, pair.split, by, None, source, label, "", counts["read"])
 
 
 def _screened(text: str, corpus: CorpusSettings) -> tuple[str, dict[str, int]]:

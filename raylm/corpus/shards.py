@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from raylm.corpus import mixture
@@ -28,7 +29,7 @@ from raylm.corpus.steps import Result, read_table, run_step, write_table
 from raylm.corpus.tokenizer import save_tokenizer, text_encoder, train_tokenizer
 from raylm.models import MAX_POSITIONS, load_tokenizer
 from raylm.storage import StoragePath
-from raylm.tasks import TASKS
+from raylm.tasks import CLASSIFY, TASKS
 
 TOKENIZER = "tokenizer"
 _ENCODED_CHARS = 2 << 20  # at once: the encodings take some fifty times as much memory as their text
@@ -52,8 +53,25 @@ def _rows(plan: Plan, part: int, parts: int) -> tuple[pa.Table, list[Dropped], i
     changed = np.isin(np.arange(len(table)), list(gone))
     short = changed & (pc.utf8_length(table["source"]).to_numpy() < plan.corpus.filters.min_chars)
     dropped += dropped_rows(table.filter(pa.array(short)), "repeated_paragraphs")
-    kept = table.filter(pa.array(~is_near & ~short))
+    conflicting = other_labels(table)
+    dropped += dropped_rows(table.filter(pa.array(conflicting)), "conflicting_label")
+    kept = table.filter(pa.array(~is_near & ~short & ~conflicting))
     return kept, dropped, sum(map(len, gone.values()))
+
+
+def other_labels(rows: pa.Table) -> NDArray[np.bool_]:
+    """Which labelled texts stand in the same part with another label that counts: a held-out one, else the first."""
+    others = np.zeros(len(rows), bool)
+    numbers = np.flatnonzero(pc.equal(rows["kind"], CLASSIFY.name).to_numpy(zero_copy_only=False))
+    if not len(numbers):
+        return others
+    labelled = rows.select(["source", "split", "rank"]).take(numbers)
+    labelled = labelled.append_column("is_trained", pc.equal(labelled["split"], "train"))
+    by = [(name, "ascending") for name in ("source", "is_trained", "rank")]
+    order = pc.sort_indices(labelled, sort_keys=by).to_numpy()
+    sources = labelled["source"].take(order).combine_chunks()
+    others[numbers[order[1:]]] = pc.equal(sources[1:], sources[:-1]).to_numpy(zero_copy_only=False)
+    return others
 
 
 # ----------------------------------------------------------------------------------------- the tokenizer
@@ -100,10 +118,11 @@ def _sample(plan: Plan, parts: int) -> Iterator[str]:
             is_document = row["kind"] == DOCUMENT
             if row["split"] != "train" or left[is_document] <= 0:
                 continue
-            for text in (row["source"], row["target"]):
-                if text is not None:
-                    left[is_document] -= len(text.encode())
-                    yield text
+            # A label stands in thousands of rows, and is no sample of how its language is written.
+            has_target = row["kind"] not in (DOCUMENT, CLASSIFY.name)
+            for text in (row["source"], row["target"]) if has_target else (row["source"],):
+                left[is_document] -= len(text.encode())
+                yield text
         if max(left.values()) <= 0:
             return
 
@@ -189,7 +208,8 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
 def tokenized_pairs(pairs: pa.Table, encoder: Any, vocabulary: dict[str, int], end: int, ids: pa.DataType) -> pa.Table:
     """Pairs with `source_ids` (task token, text, end) and `target_ids` (text, end) beside their texts.
 
-    A tokenizer that lacks the task token spells it out as text.
+    A tokenizer that lacks the task token spells it out as text. A text to classify has no task token, but what the
+    tokenizer itself begins texts with, such as `[CLS]`; its label has no tokens.
     """
     prompts: dict[tuple[str, str | None], list[int]] = {}
     sources = []
@@ -200,9 +220,13 @@ def tokenized_pairs(pairs: pa.Table, encoder: Any, vocabulary: dict[str, int], e
         strict=True,
     ):
         if (task, to) not in prompts:
-            token = TASKS[task].prompt_token(to)
-            known = vocabulary.get(token)
-            prompts[task, to] = [known] if known is not None else encoder.encode(token, add_special_tokens=False).ids
+            if task == CLASSIFY.name:
+                prompts[task, to] = _opening(encoder)
+            else:
+                token = TASKS[task].prompt_token(to)
+                known = vocabulary.get(token)
+                spelt = encoder.encode(token, add_special_tokens=False).ids
+                prompts[task, to] = [known] if known is not None else spelt
         sources.append([*prompts[task, to], *source])
     return pa.table(
         {
@@ -212,9 +236,26 @@ def tokenized_pairs(pairs: pa.Table, encoder: Any, vocabulary: dict[str, int], e
             "source": pairs["source"],
             "target": pairs["target"],
             "source_ids": pa.array(sources, pa.list_(ids)),
-            "target_ids": encode(pairs["target"].to_pylist(), encoder, end, ids),
+            "target_ids": _target_ids(pairs, encoder, end, ids),
         }
     )
+
+
+def _opening(encoder: Any) -> list[int]:
+    """The special tokens that a tokenizer puts before a text of its own accord."""
+    encoded = encoder.encode("a")
+    first_plain = encoded.special_tokens_mask.index(0)
+    opening: list[int] = encoded.ids[:first_plain]
+    return opening
+
+
+def _target_ids(pairs: pa.Table, encoder: Any, end: int, ids: pa.DataType) -> pa.ListArray:
+    is_text = pc.not_equal(pairs["kind"], CLASSIFY.name).to_numpy(zero_copy_only=False)
+    encoded = encode(pairs["target"].filter(pa.array(is_text)).to_pylist(), encoder, end, ids)
+    lengths = np.zeros(len(pairs), np.int32)
+    lengths[is_text] = encoded.value_lengths().to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), encoded.values)
 
 
 def _length_bins(rows: pa.Table) -> dict[int, int]:

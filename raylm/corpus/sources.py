@@ -30,6 +30,7 @@ from raylm.settings import (
     PairFileSource,
 )
 from raylm.storage import StoragePath, find_files
+from raylm.tasks import CLASSIFY
 
 STREAM_UNIT_BYTES = _MIN_UNIT_BYTES = 8 << 20
 _MAX_UNIT_BYTES = 256 << 20
@@ -245,11 +246,11 @@ def _pieces(found: FoundFile, source: FileSource | PairFileSource, unit_bytes: i
     """The ranges that a file is cut into."""
     file, size = found.place, found.bytes
     if source.type == "parquet":
-        yield from _row_ranges(file, _columns(source), unit_bytes)
+        yield from _row_ranges(file, source, unit_bytes)
         return
     if source.type == "datasets":
         with tables.opened_arrow(file) as reader:
-            _check_text_columns(file, reader.schema, _columns(source))
+            _check_text_columns(file, reader.schema, source)
     if source.type == "csv":
         for column in _columns(source):
             check_column(file, readers.csv_header(file), column)
@@ -269,10 +270,11 @@ def _pieces(found: FoundFile, source: FileSource | PairFileSource, unit_bytes: i
         yield {"start": 0, "stop": readers.END, "bytes": size}
 
 
-def _row_ranges(file: StoragePath, columns: list[str], unit_bytes: int) -> Iterator[Piece]:
+def _row_ranges(file: StoragePath, source: FileSource | PairFileSource, unit_bytes: int) -> Iterator[Piece]:
     """Ranges of a parquet file's rows: small row groups together, large ones in parts."""
+    columns = _columns(source)
     with opened_parquet(file) as parquet:
-        _check_text_columns(file, parquet.schema_arrow, columns)
+        _check_text_columns(file, parquet.schema_arrow, source)
         start = stop = size = 0
         for number in range(parquet.num_row_groups):
             group = parquet.metadata.row_group(number)
@@ -295,13 +297,15 @@ def _columns(source: FileSource | PairFileSource) -> list[str]:
     return [source.column] if isinstance(source, FileSource) else [source.source, source.target]
 
 
-def _check_text_columns(file: StoragePath, schema: pa.Schema, columns: list[str]) -> None:
-    """:raises InputError: a column is not there, or holds what never is text."""
-    for column in columns:
+def _check_text_columns(file: StoragePath, schema: pa.Schema, source: FileSource | PairFileSource) -> None:
+    """:raises InputError: a column is not there, or holds what never is text, nor a number as a label."""
+    has_labels = isinstance(source, PairFileSource) and source.task == CLASSIFY.name
+    for column in _columns(source):
         check_column(file, schema.names, column)
         kind = schema.field(column).type
         value = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not any(is_kind(value) for is_kind in _MAY_BE_TEXT):
+        is_label = has_labels and column == _columns(source)[1]
+        if not any(is_kind(value) for is_kind in _MAY_BE_TEXT) and not (is_label and pa.types.is_integer(value)):
             raise InputError(f"{file}: column '{column}' holds {kind}, text (string) is expected")
 
 

@@ -77,8 +77,8 @@ class PairFileSource(Section):
     source: str = "source"
     """The column with the input text."""
     target: str = "target"
-    """The column with the wanted output."""
-    task: Literal["translate", "summarize"] = "translate"
+    """The column with the wanted output; for `classify` the label, a text or a whole number."""
+    task: Literal["translate", "summarize", "classify"] = "translate"
     to: str | None = None
     """The target language, such as `de`; needed for `translate`."""
     source_language: str | None = None
@@ -90,6 +90,8 @@ class PairFileSource(Section):
     def _complete(self) -> PairFileSource:
         if self.task == "translate" and not self.to:
             raise ValueError("task 'translate' needs the target language: add `to: de`")
+        if self.task == "classify" and self.to:
+            raise ValueError("task 'classify' answers with labels, not in a language: take `to` out")
         if (self.type == "text") != (self.target_path is not None):
             raise ValueError("`target_path` names the second of two aligned `text` files: give both or none")
         return self

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from raylm.settings.section import Section
 
@@ -51,23 +51,54 @@ class TrainingSettings(Section):
     gradient_clip: float = Field(default=1.0, ge=0)
     """Largest norm of the global gradient; 0 turns clipping off."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    spike_sigma: float | None = Field(default=None, gt=0)
+    """Leave out, and count, micro-batches whose loss is so many standard deviations above that of the last ones, such
+    as 6; ten in a row end training."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 where the GPU has it, else fp32."""
-    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """`auto`: one for each GPU of the cluster, or without GPUs one for each CPU, four at most."""
+    workers: Literal["auto"] | Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], int] = "auto"
+    """`auto`: one for each GPU of the cluster, or without GPUs one for each CPU, four at most. `[1, 4]`: as many of
+    these as there are machines for, more when some come and fewer when some go."""
     seed: int = 1
     log_every: int = Field(default=10, ge=1)
     validate_every: int = Field(default=100, ge=1)
     validation_batches: int = Field(default=16, ge=1)
     """Global batches of one validation."""
+    early_stopping: int | None = Field(default=None, ge=1)
+    """End training after so many validations in a row without a lower loss."""
     checkpoint_every: int = Field(default=200, ge=1)
     keep_last: int = Field(default=2, ge=1)
     """How many of the newest checkpoints stay, besides the best one."""
     max_failures: int = Field(default=3, ge=0)
-    """How often lost workers are replaced, continuing from the newest checkpoint."""
+    """How often lost workers are replaced, continuing from the newest checkpoint; machines that were taken away do not
+    count."""
+    collective_timeout_s: float = Field(default=1_800, gt=0)
+    """How long workers wait for one that does not answer before they give it up."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: a third more work, far less memory."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Keep the optimizer's state in the machine's memory instead of the GPU's, or with ZeRO-3 also the weights."""
+    offload_directory: str | None = None
+    """Offload to files on a fast local disk (NVMe) instead of to memory."""
     compile: bool = False
     """`torch.compile` the model: pays on long runs only."""
+
+    @model_validator(mode="after")
+    def _offloadable(self) -> Self:
+        needed = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < needed:
+            raise ValueError(f"offload: {self.offload} needs zero_stage {needed} or more, it is {self.zero_stage}")
+        if self.offload_directory and self.offload == "none":
+            raise ValueError("offload_directory has no effect with offload: none; say offload: optimizer, or all")
+        return self
+
+    @field_validator("workers")
+    @classmethod
+    def _ascending(cls, value: object) -> object:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError("the fewest and the most workers, such as [1, 4]")
+        return value
 
 
 class PretrainSettings(TrainingSettings):
@@ -90,13 +121,28 @@ class PretrainSettings(TrainingSettings):
     Copies are found within `corpus.shard_mb` alone; a run that continues skips nothing, but reads some text again."""
 
 
+class LoraSettings(Section):
+    """Low-rank adapters (Hu et al. 2021): small matrices that are trained beside frozen weights, then added to them."""
+
+    rank: int = Field(default=8, ge=1)
+    """The inner width of an adapter."""
+    alpha: int = Field(default=16, ge=1)
+    """What an adapter gives is multiplied by `alpha / rank`."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: Literal["auto"] | tuple[str, ...] = "auto"
+    """The layers that get one, by the last part of their names, such as `[q_proj, v_proj]`; `auto`: all linear ones but
+    the output head."""
+
+
 class FinetuneSettings(TrainingSettings):
-    """Supervised training on the labelled pairs; all tasks together give one model."""
+    """Supervised training on the labelled pairs; all tasks that write text together give one model."""
 
     section = "finetune"
 
     name: str = "finetune"
-    objective: Literal["seq2seq"] = "seq2seq"
+    objective: Literal["auto", "seq2seq", "classify"] = "auto"
+    """`seq2seq` learns to write the targets of pairs, `classify` to choose the label of a text (pairs of the task
+    `classify`, and those alone). `auto`: `seq2seq`, or `classify` for an encoder."""
     start: Literal["pretrain", "scratch"] = "pretrain"
     """`pretrain`: from the best checkpoint of the pretraining run."""
     max_source_tokens: int = Field(default=256, ge=8)
@@ -104,6 +150,8 @@ class FinetuneSettings(TrainingSettings):
     max_target_tokens: int = Field(default=128, ge=8)
     task_weights: dict[str, float] = Field(default_factory=dict)
     """How often a task's pairs are seen in an epoch, such as `{summarize: 0.5}`; 1 where not named."""
+    lora: LoraSettings | None = None
+    """Train adapters instead of all weights: `{}` for the values below."""
 
 
 class EvaluateSettings(Section):

@@ -1,28 +1,33 @@
 """Checkpoints that are complete or invisible: every rank's shards first, a manifest of all files last.
 
 A checkpoint is `<run>/checkpoints/step-00000100/` with what DeepSpeed saved and our manifest: each file's size and
-hash. Reading one whose files do not fit its manifest is refused, and the one before it is used instead.
+hash, and a hash of the manifest itself. One whose files do not fit is refused, and the one before it is used instead.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from raylm.errors import ArtifactError, TrainingError
-from raylm.storage import MANIFEST, Manifest, StoragePath
+from raylm.errors import ArtifactError, OutputError, TrainingError
+from raylm.storage import MANIFEST, Manifest, StoragePath, fingerprint
+from raylm.training.zero import load_engine, to_universal
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
 TAG = "zero"
+_STAGING = "staging"
+_PARTS = "parts"
+"""Below a checkpoint: a list from each rank of the files that it has published."""
+_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,10 @@ class Checkpoint:
         return int(self.manifest.metrics["world_size"])
 
     @property
-    def validation_loss(self) -> float:
-        return float(self.manifest.metrics["validation_loss"])
+    def validation_loss(self) -> float | None:
+        """None where it was written in haste, before a machine went."""
+        loss = self.manifest.metrics.get("validation_loss")
+        return None if loss is None else float(loss)
 
     def fault(self) -> str | None:
         """What is wrong with its files, or None where all are there with the right sizes and hashes."""
@@ -66,21 +73,35 @@ class Checkpoint:
         return local
 
 
-def checkpoints(run: StoragePath) -> list[Checkpoint]:
-    """The complete checkpoints of a run, oldest first; directories without a manifest are passed over."""
+# -------------------------------------------------------------------------------------------- finding
+
+
+def checkpoints(run: StoragePath, say: Callable[[str], None] = lambda _: None) -> list[Checkpoint]:
+    """The complete checkpoints of a run, oldest first; directories without a manifest are passed over.
+
+    :param say: told of each whose manifest is damaged.
+    """
     found = []
     for directory, info in (run / "checkpoints").list():
-        if info.type == pa.fs.FileType.Directory and directory.name.startswith("step-"):
-            with suppress(ArtifactError):
-                manifest = Manifest.read(directory)
-                if manifest is not None:
-                    found.append(Checkpoint(directory, manifest))
+        if info.type != pa.fs.FileType.Directory or not directory.name.startswith("step-"):
+            continue
+        try:
+            manifest = Manifest.read(directory)
+        except ArtifactError as error:
+            say(f"checkpoint {directory.name} is damaged and not used: {error}")
+            continue
+        if manifest is None:
+            continue
+        if manifest.stage == "checkpoint" and manifest.inputs.get("seal") == _seal(manifest):
+            found.append(Checkpoint(directory, manifest))
+        else:
+            say(f"checkpoint {directory.name} is damaged and not used: {directory / MANIFEST} is not as it was written")
     return found
 
 
 def newest_sound(run: StoragePath, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint whose files are what its manifest says; damaged ones are named and passed over."""
-    for checkpoint in reversed(checkpoints(run)):
+    for checkpoint in reversed(checkpoints(run, say)):
         fault = checkpoint.fault()
         if fault is None:
             return checkpoint
@@ -96,85 +117,232 @@ def best(run: StoragePath) -> Checkpoint:
     candidates = checkpoints(run)
     if not candidates:
         raise ArtifactError(f"run {run}: no complete checkpoint; start or continue this training first")
-    chosen = min(reversed(candidates), key=lambda checkpoint: checkpoint.validation_loss)
+    chosen = _best_of(candidates)
     fault = chosen.fault()
     if fault is not None:
         raise ArtifactError(f"checkpoint {chosen.directory}: damaged: {fault}")
     return chosen
 
 
-def save(
-    engine: DeepSpeedEngine, run: StoragePath, metrics: dict[str, Any], settings: dict[str, Any], keep_last: int
-) -> None:
-    """Publish a checkpoint; called by every rank, and complete when it returns.
+def _best_of(candidates: list[Checkpoint]) -> Checkpoint:
+    def loss(checkpoint: Checkpoint) -> float:
+        return float("inf") if checkpoint.validation_loss is None else checkpoint.validation_loss
 
-    Each rank writes its shards to local disk, copies them to storage and says what they are; rank 0 writes the
-    manifest when all have said so, and then removes checkpoints that are neither among the newest nor the best.
+    return min(reversed(candidates), key=loss)
 
-    :raises OutputError: storage is full or read-only; the unfinished checkpoint stays invisible.
+
+def _seal(manifest: Manifest) -> str:
+    """A hash of what a manifest says, which it carries itself."""
+    return fingerprint([manifest.settings, manifest.outputs, manifest.metrics])
+
+
+# -------------------------------------------------------------------------------------------- writing
+
+
+class Writer:
+    """Writes a run's checkpoints; each is published while training goes on, one at a time.
+
+    :param settings: of the training; noted in each checkpoint.
+    :param keep_last: how many of the newest stay, besides the best.
     """
-    import torch.distributed as dist
 
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    directory = run / "checkpoints" / f"step-{metrics['step']:08d}"
-    local = Path(tempfile.mkdtemp(prefix="raylm-checkpoint-"))
-    failure: Exception | None = None
-    mine: list[dict[str, Any]] = []
-    try:
-        engine.save_checkpoint(str(local), tag=TAG, client_state={"step": metrics["step"]}, save_latest=False)
+    def __init__(self, run: StoragePath, settings: dict[str, Any], keep_last: int) -> None:
+        self._run, self._settings, self._keep_last = run, settings, keep_last
+        self._upload: _Task | None = None
+        """Of this rank's files."""
+        self._commit: _Task | None = None
+        """Of the manifest, on rank 0."""
+
+    def save(self, engine: DeepSpeedEngine, metrics: dict[str, Any]) -> None:
+        """Write this rank's shards to local disk, and begin to publish them. A collective of all ranks.
+
+        :param metrics: of the step that was taken last, with its number as `step`.
+        :raises RaylmError: as `finish`, of the checkpoint before; or the local disk is full.
+        """
+        import torch.distributed as dist
+
+        self.finish()
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        directory = self._run / "checkpoints" / f"step-{metrics['step']:08d}"
+        if rank == 0:
+            directory.delete()  # what a killed start left there
+            directory.mkdir()
+        dist.barrier()
+        local = _staging(directory, rank)
         try:
-            mine = [_publish(file, local, directory) for file in sorted(local.rglob("*")) if file.is_file()]
-        except Exception as error:
-            failure = error
+            engine.save_checkpoint(str(local), tag=TAG, client_state={"step": metrics["step"]}, save_latest=False)
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(local, ignore_errors=True)
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise  # not of writing the file
+            raise OutputError(f"checkpoint {directory}: {local} cannot be written: {_first_line(error)}") from error
+        self._upload = _Task(lambda _: _publish(local, directory, rank))
+        if rank == 0:
+            manifest = Manifest("checkpoint", settings=self._settings, metrics={**metrics, "world_size": world_size})
+            self._commit = _Task(lambda abandoned: _complete(directory, manifest, world_size, abandoned))
+
+    def finish(self) -> None:
+        """Wait until the checkpoint in flight is complete, and remove those that need not stay. A collective.
+
+        :raises RaylmError: a rank could not publish its part, which leaves the checkpoint invisible.
+        """
+        import torch.distributed as dist
+
+        if self._upload is None:
+            return
+        failure = self._upload.result()
+        failures: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, str(failure) if failure else None)
+        commit, self._upload, self._commit = self._commit, None, None
+        for rank, text in enumerate(failures):
+            if text:
+                if commit:
+                    commit.abandon()
+                raise TrainingError(f"worker {rank} could not save its part of a checkpoint: {text}")
+        if commit:
+            failure = commit.result()
+            if failure:
+                raise failure
+            _prune(self._run, self._keep_last)
+        dist.barrier()
+
+
+class _Task:
+    """Work on a thread; it is told when nobody wants its result any more."""
+
+    def __init__(self, work: Callable[[threading.Event], None]) -> None:
+        self._abandoned = threading.Event()
+        self._failure: Exception | None = None
+
+        def run() -> None:
+            try:
+                work(self._abandoned)
+            except Exception as error:  # raised by whoever waits for it
+                self._failure = error
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    def result(self) -> Exception | None:
+        """What it failed with, after its end."""
+        self._thread.join()
+        return self._failure
+
+    def abandon(self) -> None:
+        self._abandoned.set()
+
+
+def _staging(directory: StoragePath, rank: int) -> Path:
+    """A local directory for a rank's shards: on a local storage beside their destination, to rename and not to copy."""
+    if not directory.is_local:
+        return Path(tempfile.mkdtemp(prefix="raylm-checkpoint-"))
+    local = directory.local() / f"{_STAGING}-{rank:05d}"
+    local.mkdir()
+    return local
+
+
+def _publish(local: Path, directory: StoragePath, rank: int) -> None:
+    """Move a rank's files to their places, then say which they are.
+
+    :raises OutputError: storage is full or read-only.
+    """
+    try:
+        files = []
+        for file in sorted(path for path in local.rglob("*") if path.is_file()):
+            target = directory / file.relative_to(local).as_posix()
+            entry = {
+                "name": file.relative_to(local).as_posix(),
+                "bytes": file.stat().st_size,
+                "xxh3_128": StoragePath(str(file)).content_hash(),
+            }
+            if directory.is_local:
+                target.local().parent.mkdir(exist_ok=True)
+                file.replace(target.local())
+            else:
+                target.upload(file)
+            files.append(entry)
+        _part(directory, rank).write_json(files)
     finally:
         shutil.rmtree(local, ignore_errors=True)
-    everyone: list[Any] = [None] * world_size
-    dist.all_gather_object(everyone, (mine, str(failure) if failure else None))
-    if failure is not None:
-        raise failure
-    for other, (_, other_failure) in enumerate(everyone):
-        if other_failure:
-            raise TrainingError(f"worker {other} could not save its part of {directory}: {other_failure}")
-    if rank == 0:
-        outputs = sorted((entry for part, _ in everyone for entry in part), key=lambda entry: str(entry["name"]))
-        whole = {**metrics, "world_size": world_size}
-        Manifest(stage="checkpoint", settings=settings, outputs=outputs, metrics=whole).write(directory)
-        _prune(run, keep_last)
-    dist.barrier()
 
 
-def load(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> int:
-    """Put a checkpoint into an engine of the same world size; returns the number of steps taken.
-
-    :raises TrainingError: it was saved by another number of workers.
-    """
-    import torch.distributed as dist
-
-    if checkpoint.world_size != dist.get_world_size():
-        raise TrainingError(
-            f"checkpoint {checkpoint.directory}: saved by {checkpoint.world_size} workers, this run has "
-            f"{dist.get_world_size()}; continue with workers={checkpoint.world_size}"
-        )
-    local = checkpoint.localize()
-    try:
-        engine.load_checkpoint(str(local), tag=TAG)
-    finally:
-        if not checkpoint.directory.is_local:
-            shutil.rmtree(local, ignore_errors=True)
-    return checkpoint.step
+def _part(directory: StoragePath, rank: int) -> StoragePath:
+    return directory / _PARTS / f"rank-{rank:05d}.json"
 
 
-def _publish(file: Path, root: Path, directory: StoragePath) -> dict[str, Any]:
-    name = file.relative_to(root).as_posix()
-    (directory / name).upload(file)
-    return {"name": name, "bytes": file.stat().st_size, "xxh3_128": StoragePath(str(file)).content_hash()}
+def _complete(directory: StoragePath, manifest: Manifest, world_size: int, abandoned: threading.Event) -> None:
+    """Write the manifest as soon as every rank has published its part, unless that is given up."""
+    missing = {_part(directory, rank).name for rank in range(world_size)}
+    while missing := missing - {file.name for file, _ in (directory / _PARTS).list()}:
+        if abandoned.wait(_POLL_S):
+            return
+    parts = [_part(directory, rank) for rank in range(world_size)]
+    manifest.outputs = sorted((file for part in parts for file in part.read_json()), key=lambda file: str(file["name"]))
+    manifest.inputs = {"seal": _seal(manifest)}
+    manifest.write(directory)
 
 
 def _prune(run: StoragePath, keep_last: int) -> None:
+    """Remove the checkpoints that are neither among the newest nor the best, and what is left of unfinished ones."""
     complete = checkpoints(run)
-    kept = {checkpoint.step for checkpoint in complete[-keep_last:]}
-    kept.add(min(reversed(complete), key=lambda checkpoint: checkpoint.validation_loss).step)
+    kept = {checkpoint.step for checkpoint in complete[-keep_last:]} | {_best_of(complete).step}
     for checkpoint in complete:
         if checkpoint.step not in kept:
             (checkpoint.directory / MANIFEST).delete()  # invisible first, then gone
-            checkpoint.directory.delete()
+    whole = {checkpoint.directory.name for checkpoint in complete if checkpoint.step in kept}
+    for directory, _ in (run / "checkpoints").list():
+        if directory.name not in whole:
+            directory.delete()
+
+
+# -------------------------------------------------------------------------------------------- reading
+
+
+def load(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint into an engine, also of another world size than it was saved by. A collective of all ranks.
+
+    The engine has to be built for it: see `needs_conversion`. Files are copied, and converted, once on each machine.
+    """
+    import ray.train
+    import torch.distributed as dist
+
+    leads = ray.train.get_context().get_local_rank() == 0
+    place = (
+        Path(tempfile.gettempdir())
+        / f"raylm-load-{fingerprint([str(checkpoint.directory), _seal(checkpoint.manifest)])}"
+    )
+    try:
+        if leads:
+            shutil.rmtree(place, ignore_errors=True)
+            _prepare(checkpoint, place, needs_conversion(checkpoint, dist.get_world_size()))
+        dist.barrier()
+        load_engine(engine, place, TAG)
+        dist.barrier()
+    finally:
+        if leads:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def needs_conversion(checkpoint: Checkpoint, world_size: int) -> bool:
+    """Whether the shards have to be cut anew: ZeRO deals them out to the ranks, its stage 0 does not."""
+    return checkpoint.world_size != world_size and checkpoint.manifest.settings["zero_stage"] > 0
+
+
+def _prepare(checkpoint: Checkpoint, place: Path, convert: bool) -> None:
+    """Put the files that DeepSpeed loads below a local directory."""
+    local = checkpoint.localize()
+    try:
+        if convert:
+            to_universal(local / TAG, place / TAG)
+        elif checkpoint.directory.is_local:
+            place.mkdir()
+            (place / TAG).symlink_to(local / TAG)
+        else:
+            shutil.move(local, place)
+    finally:
+        if not checkpoint.directory.is_local:
+            shutil.rmtree(local, ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

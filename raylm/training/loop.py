@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from raylm.errors import TrainingError
+from raylm.errors import ArtifactError
 from raylm.metrics import perplexity
 from raylm.settings import FinetuneSettings, PretrainSettings
 from raylm.storage import Manifest, StoragePath
-from raylm.tasks import TASKS
+from raylm.tasks import CLASSIFY
 from raylm.training import checkpoint as checkpoints
 from raylm.training.batches import (
     BucketedOrder,
@@ -23,19 +23,25 @@ from raylm.training.batches import (
     TokenLists,
     micro_batches_for,
 )
+from raylm.training.control import Attention
+from raylm.training.guard import Patience, SpikeGuard
 from raylm.training.objectives import (
     IGNORE,
+    LabelledTexts,
     MicroBatch,
     PackedDocuments,
     Pairs,
     SelfSupervision,
     Vocabulary,
+    label_numbers,
     objective_for,
+    pair_weights,
 )
 from raylm.training.schedule import learning_rate
 from raylm.training.streaming import StreamedBatches
 from raylm.training.telemetry import MetricsLog, Reporter, Window
-from raylm.training.zero import build_engine, deepspeed_config, prepare_backend, resolve_precision
+from raylm.training.throughput import ModelFlops, dtype_of, group_peak, model_flops
+from raylm.training.zero import born_sharded, build_engine, deepspeed_config, prepare_backend, resolve_precision
 
 if TYPE_CHECKING:
     import torch
@@ -104,69 +110,97 @@ class Split:
         return {}
 
 
-def train_worker(job: TrainingJob, report: Reporter) -> None:
-    """Train to the last step, from the newest sound checkpoint where there is one.
+def train_worker(job: TrainingJob, report: Reporter, attention: Attention | None = None) -> bool:
+    """Whether training has come to its last step, from the newest sound checkpoint where there is one.
 
     Runs on every worker of a group whose process group exists.
+
+    :param attention: says when to pause before that: a checkpoint is written then.
     """
     import ray.train.torch
     import torch
     import torch.distributed as dist
 
     settings, run = job.settings, StoragePath(job.run)
+    attention = attention or Attention()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)), 1))
-    engine, training, validation, micro_batches = setup(job, world_size, device)
-
     found: list[Any] = [checkpoints.newest_sound(run, lambda text: report({"note": text})) if rank == 0 else None]
     dist.broadcast_object_list(found, src=0)
-    first_step = checkpoints.load(engine, found[0]) if found[0] else 0
-    log = MetricsLog(run, first_step, report) if rank == 0 else None
+    checkpoint: checkpoints.Checkpoint | None = found[0]
+    peak = group_peak(device, dtype_of(resolve_precision(settings.precision, device)))
+    engine, training, validation, micro_batches, flops = setup(job, world_size, device, checkpoint)
+    first_step = checkpoint.step if checkpoint else 0
+    log = MetricsLog(run, first_step, report, settings.model_dump(mode="json")) if rank == 0 else None
+    guard, patience = SpikeGuard(settings.spike_sigma, settings.section), Patience(settings.early_stopping)
+    if checkpoint:
+        guard.restore(checkpoint.manifest.metrics["guard"])
+        patience.restore(checkpoint.manifest.metrics["patience"])
+    writer = checkpoints.Writer(run, settings.model_dump(mode="json"), settings.keep_last)
+    report({"step": first_step, "world_size": world_size})
 
     place = (rank, world_size, micro_batches)
-    window = Window()
+    window = Window(device, peak)
     for step in range(first_step, settings.steps):
         waited = time.monotonic()
         batch = training.micro_batches(step, *place)
         window.data_wait_s += time.monotonic() - waited
+        # Of step and rank alone, so that a run that continues draws the same dropout.
+        torch.manual_seed(int(np.random.SeedSequence((settings.seed, step, rank)).generate_state(1)[0]))
         rate = learning_rate(step, settings)
-        loss_sum, target_tokens, padded_tokens = train_step(engine, batch, rate, settings.label_smoothing, device)
-        window.add(loss_sum, target_tokens, padded_tokens)
+        result = train_step(engine, batch, rate, settings.label_smoothing, device, guard, attention.votes(), flops)
+        window.add(result.loss_sum, result.target_tokens, result.padded_tokens, result.real_tokens, result.flops)
         done = step + 1
-        if done % settings.log_every == 0 or done == settings.steps:
+        is_last = done == settings.steps
+        pause = None if is_last else attention.reason(*result.votes)
+        if done % settings.log_every == 0 or is_last:
             measured = window.metrics()
-            if not math.isfinite(measured["loss"]):
-                raise TrainingError(
-                    f"the loss is {measured['loss']} at step {done}; lower {settings.section}.learning_rate"
-                )
             if log:
                 norm = engine.get_global_grad_norm()
                 row = {"step": done, "learning_rate": rate, **measured}
                 log.add(row | ({"gradient_norm": round(float(norm), 5)} if norm is not None else {}))
-            window = Window()
-        saving = done % settings.checkpoint_every == 0 or done == settings.steps
-        if saving or done % settings.validate_every == 0:
-            paused = time.monotonic()
+            window = Window(device, peak)
+        is_saving = done % settings.checkpoint_every == 0 or is_last or pause is not None
+        noted: dict[str, Any] = {"step": done}
+        # A machine that will be taken away leaves time for a checkpoint, perhaps, and not for more.
+        if pause is None and (is_saving or done % settings.validate_every == 0):
+            started = time.monotonic()
             loss = validate(engine, validation, settings.validation_batches, place, device)
-            row = {"step": done, "validation_loss": loss, "validation_perplexity": perplexity(loss)}
+            window.validation_s += time.monotonic() - started
+            noted |= {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
             if log:
-                log.add(row)
-            if saving:
-                noted = row | training.position(device)
-                checkpoints.save(engine, run, noted, job.settings.model_dump(mode="json"), settings.keep_last)
-                if log:
-                    log.publish()
-            window.paused_s += time.monotonic() - paused
+                log.add(noted.copy())
+            is_last |= patience.is_over(loss)
+        if is_saving or is_last:
+            started = time.monotonic()
+            state = {"guard": guard.state(), "patience": patience.state()}
+            writer.save(engine, noted | training.position(device) | state)
+            if log:
+                log.publish()
+            window.checkpoint_s += time.monotonic() - started
+        if pause is not None:
+            writer.finish()
+            if log:
+                log.close(is_finished=False)
+            report({"note": f"step {done}: training pauses ({pause}), with a checkpoint"})
+            return False
+        if is_last:
+            break
+    writer.finish()
     if log:
-        log.publish()
+        log.close()
+    return True
 
 
-def setup(job: TrainingJob, world_size: int, device: torch.device) -> tuple[DeepSpeedEngine, Batches, Split, int]:
-    """The engine, the training batches, the validation split, and the micro-batches of a step."""
-    import torch
+def setup(
+    job: TrainingJob, world_size: int, device: torch.device, checkpoint: checkpoints.Checkpoint | None
+) -> tuple[DeepSpeedEngine, Batches, Split, int, ModelFlops | None]:
+    """The engine, the training batches, the validation split, the micro-batches of a step, what the model costs.
 
+    :param checkpoint: what the engine holds afterwards, unless it is None.
+    """
     from raylm import models
 
     settings = job.settings
@@ -175,17 +209,26 @@ def setup(job: TrainingJob, world_size: int, device: torch.device) -> tuple[Deep
     config = models.load_config(job.model)
     validation = open_split(job, "validation", config, tokenizer)
     training = open_training(job, world_size, config, tokenizer)
-    model = models.load_model(job.start) if job.start else models.build_model(config, settings.seed)
-    model.config.use_cache = False
-    model.train()
     micro_batches = micro_batches_for(settings.global_batch_tokens, settings.micro_batch_tokens, world_size)
     precision = resolve_precision(settings.precision, device)
-    zero_config = deepspeed_config(settings, world_size, micro_batches, precision)
+    converted = checkpoint is not None and checkpoints.needs_conversion(checkpoint, world_size)
+    zero_config = deepspeed_config(settings, world_size, micro_batches, precision, load_universal=converted)
+    seed = settings.seed
+    with born_sharded(zero_config):
+        model = models.load_model(job.start, config, seed) if job.start else models.build_model(config, seed)
+    model.config.use_cache = False
+    if isinstance(settings, FinetuneSettings) and settings.lora:
+        model = models.with_lora(model, settings.lora)
+    model.train()
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    flops = model_flops(model)
     engine = build_engine(model, settings, zero_config, device)
+    if checkpoint:
+        checkpoints.load(engine, checkpoint)
     if settings.compile:
         engine.compile()
-    torch.manual_seed(settings.seed + torch.distributed.get_rank())  # dropout differs by rank
-    return engine, training, validation, micro_batches
+    return engine, training, validation, micro_batches, flops
 
 
 def open_training(
@@ -203,21 +246,30 @@ def open_training(
 
 
 def open_split(job: TrainingJob, split: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> Split:
-    """The global order over one split of the prepared corpus, as the objective reads it."""
+    """The global order over one split of the prepared corpus, as the objective reads it.
+
+    :raises ArtifactError: the split has no examples for it.
+    """
+    from raylm import models
+
     settings, tokens = job.settings, StoragePath(job.tokens)
     if isinstance(settings, FinetuneSettings):
+        shape = models.architecture(config)
+        objective = objective_for(settings.objective, shape, settings.section)
         shards = Shards(tokens / "pairs" / split)
         sources, targets = TokenLists(shards, "source_ids"), TokenLists(shards, "target_ids")
-        lengths = np.minimum(sources.lengths, settings.max_source_tokens) + np.minimum(
-            targets.lengths, settings.max_target_tokens
-        )
-        tasks = shards.table["task"].to_numpy(zero_copy_only=False)
-        weights = np.ones(len(lengths))
-        for task in TASKS:
-            weights[tasks == task] = settings.task_weights.get(task, 1.0)
-        order: Order = BucketedOrder(lengths, weights, settings.global_batch_tokens, settings.seed)
         limits = (settings.max_source_tokens, settings.max_target_tokens)
-        return Split(order, Pairs(sources, targets, vocabulary_of(config, tokenizer), *limits))
+        lengths = np.minimum(sources.lengths, limits[0]) + np.minimum(targets.lengths, limits[1])
+        tasks = shards.table["task"].to_numpy(zero_copy_only=False)
+        weights = pair_weights(tasks, settings.task_weights, objective)
+        if not weights.any():
+            raise ArtifactError(f"corpus {tokens}: pairs/{split} has nothing to learn '{objective}' from")
+        order: Order = BucketedOrder(lengths, weights, settings.global_batch_tokens, settings.seed)
+        vocabulary = vocabulary_of(config, tokenizer)
+        if objective == CLASSIFY.name:
+            labels = label_numbers(shards.table["target"], models.labels_of(config))
+            return Split(order, LabelledTexts(sources, labels, vocabulary, limits[0]))
+        return Split(order, Pairs(sources, targets, vocabulary, shape, *limits))
     shards = Shards(tokens / "documents" / split)
     source = PackedDocuments(
         _self_supervision(settings, config, tokenizer),
@@ -269,50 +321,86 @@ def vocabulary_of(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) 
     )
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """Of the whole global batch."""
+
+    loss_sum: float
+    """In nats, over the target tokens of the micro-batches that were not left out."""
+    target_tokens: int
+    """Of these."""
+    padded_tokens: int
+    real_tokens: int
+    flops: int | None
+    """Of the model, forward and backward; None where nobody knows."""
+    skipped: int
+    """Micro-batches that were left out as spikes."""
+    votes: tuple[int, ...]
+    """For each question, how many ranks said yes."""
+
+
 def train_step(
     engine: DeepSpeedEngine,
     batch: list[MicroBatch],
     rate: float,
     label_smoothing: float,
     device: torch.device,
-) -> tuple[float, int, int]:
+    guard: SpikeGuard,
+    votes: Sequence[bool] = (),
+    flops: ModelFlops | None = None,
+) -> StepResult:
     """One optimizer step over this rank's part of a global batch.
 
     The loss is the sum over the global batch's target tokens divided by their number, whatever rank and
     micro-batch they fell to: so its gradient does not depend on how the batch was dealt out.
 
-    :returns: of the global batch: the loss summed over tokens (nats), target tokens, padded tokens.
+    :param votes: this rank's answers to questions that all ranks have to agree on.
+    :raises TrainingError: training has diverged.
     """
     import torch
     import torch.distributed as dist
 
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
-    counts = torch.tensor(
-        [sum(m.target_tokens for m in batch), sum(m.padded_tokens for m in batch)], dtype=torch.float64
-    ).to(device)
+    targets = [micro_batch.target_tokens for micro_batch in batch]
+    padded = sum(micro_batch.padded_tokens for micro_batch in batch)
+    real = sum(micro_batch.real_tokens for micro_batch in batch)
+    cost = sum(flops.of_inputs(micro_batch.inputs) for micro_batch in batch) if flops else 0
+    counted = [*targets, padded, real, cost, *map(int, votes)]
+    counts = torch.tensor(counted, dtype=torch.float64).to(device)
     dist.all_reduce(counts)
-    target_tokens, padded_tokens = int(counts[0]), int(counts[1])
+    whole = [int(count) for count in counts.tolist()]
+    targets, (padded, real, cost, *said) = whole[: len(batch)], whole[len(batch) :]
     # DeepSpeed divides by the micro-batches and averages over the ranks; both are undone here.
-    scale = len(batch) * dist.get_world_size() / max(target_tokens, 1)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for micro_batch in batch:
+    scale = len(batch) * dist.get_world_size() / max(sum(targets), 1)
+    losses = torch.zeros(len(batch), dtype=torch.float64, device=device)
+    skipped = []
+    for number, micro_batch in enumerate(batch):
         loss = token_loss(engine, micro_batch, label_smoothing, device)
-        engine.backward(loss * scale)
+        losses[number] = loss.detach()
+        if guard.sigma is not None:
+            dist.all_reduce(losses[number])
+            if guard.is_spike(float(losses[number]) / max(targets[number], 1)):
+                skipped.append(number)
+        engine.backward(loss * (0.0 if number in skipped else scale))
         engine.step()
-        total += loss.detach().double()
-    dist.all_reduce(total)
-    return float(total), target_tokens, padded_tokens
+    if guard.sigma is None:
+        dist.all_reduce(losses)
+        guard.is_spike(float(losses.sum()) / max(sum(targets), 1))
+    losses[skipped] = 0.0
+    trained = sum(count for number, count in enumerate(targets) if number not in skipped)
+    return StepResult(float(losses.sum()), trained, padded, real, cost if flops else None, len(skipped), tuple(said))
 
 
 def token_loss(engine: Any, micro_batch: MicroBatch, label_smoothing: float, device: torch.device) -> torch.Tensor:
-    """Cross entropy in nats, summed over the target tokens of a micro-batch."""
+    """Cross entropy in nats, summed over the target tokens, or labelled texts, of a micro-batch."""
     import torch
 
     inputs, labels = micro_batch.tensors(device)
-    logits = engine(**inputs).logits  # (B, T, V)
-    pad = getattr(engine, "module", engine).config.pad_token_id
-    if pad == logits.size(-1) - 1:
+    logits = engine(**inputs).logits  # (B, T, V), or of a classifier (B, labels)
+    config = getattr(engine, "module", engine).config
+    pad, end = config.pad_token_id, config.eos_token_id
+    if labels.dim() > 1 and pad == logits.size(-1) - 1 and pad not in (end if isinstance(end, list) else [end]):
         # Padding is no answer. Leaving it out keeps its tied embedding at zero, the start that Marian decodes from.
         logits = logits[..., :-1]
     return torch.nn.functional.cross_entropy(

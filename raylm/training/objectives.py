@@ -1,4 +1,4 @@
-"""What a model learns from a batch: span denoising, causal and masked language modelling, seq2seq pairs.
+"""What a model learns from a batch: span denoising, causal and masked language modelling, pairs, labelled texts.
 
 An objective turns examples into the tensors of one micro-batch. Its noise is a pure function of (seed, example,
 epoch), so a batch is the same on every worker and after every restart.
@@ -6,16 +6,21 @@ epoch), so a batch is the same on every worker and after every restart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from raylm.errors import SettingsError
+from raylm.errors import ArtifactError, SettingsError
 from raylm.models import Architecture
-from raylm.training.batches import GlobalBatch, TokenLists, pad_to
+from raylm.storage import StoragePath
+from raylm.tasks import CLASSIFY
+from raylm.training.batches import GlobalBatch, Shards, TokenLists, pad_to
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +28,18 @@ if TYPE_CHECKING:
 Tokens = NDArray[np.int64]
 IGNORE = -100
 """Label of a position that has no loss."""
+MAX_LABELS = 10_000
+"""More than these are texts in the place of labels."""
+
+# What trains an architecture in a section of the YAML, the usual one first.
+_OBJECTIVES: dict[tuple[str, Architecture], tuple[str, ...]] = {
+    ("pretrain", "encoder-decoder"): ("denoise",),
+    ("pretrain", "decoder"): ("causal",),
+    ("pretrain", "encoder"): ("masked",),
+    ("finetune", "encoder-decoder"): ("seq2seq",),
+    ("finetune", "decoder"): ("seq2seq", CLASSIFY.name),
+    ("finetune", "encoder"): (CLASSIFY.name,),
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +47,7 @@ class Vocabulary:
     """The ids that objectives need to know.
 
     :param sentinels: stand for hidden spans, the first span first.
-    :param first_plain: ids from here on (and below `<pad>`) are bytes and merges: what a random replacement draws.
+    :param first_plain: ids from here to `plain_stop` are bytes and merges: what a random replacement draws.
     """
 
     size: int
@@ -41,17 +58,24 @@ class Vocabulary:
     sentinels: tuple[int, ...]
     first_plain: int
 
+    @property
+    def plain_stop(self) -> int:
+        """The first id behind the plain ones: `<pad>`, unless it stands among the first, as BERT's does."""
+        return self.pad if self.pad > self.first_plain else self.size
+
 
 @dataclass(frozen=True)
 class MicroBatch:
     """The tensors of a forward pass as numpy arrays.
 
     :param inputs: the model's keyword arguments, each (B, T) but for a (B, 1, T, T) `attention_mask`.
-    :param labels: (B, T) target ids; `IGNORE` where there is no loss.
+    :param labels: (B, T) target ids, or for classification (B,) numbers of labels; `IGNORE` where there is no loss.
     """
 
     inputs: dict[str, NDArray[np.generic]]
     labels: Tokens
+    real_tokens: int = 0
+    """Positions of source and target that hold text; none where there is nothing to learn."""
 
     @property
     def target_tokens(self) -> int:
@@ -115,7 +139,7 @@ class SelfSupervision:
         else:
             inputs, labels = self._mask(inputs, labels, generators)
         arrays = {"input_ids": inputs, "attention_mask": mask, "position_ids": positions}
-        return MicroBatch(arrays, labels)
+        return MicroBatch(arrays, labels, int(sum(spans.sum() for spans in lengths)))
 
     def _denoise(self, rows: list[Tokens], generators: list[np.random.Generator]) -> MicroBatch:
         vocabulary = self._vocabulary
@@ -136,7 +160,9 @@ class SelfSupervision:
         token, 10 % stay as they are."""
         vocabulary = self._vocabulary
         draws = np.stack([generator.random((2, inputs.shape[1])) for generator in generators])  # (B, 2, T)
-        randoms = np.stack([g.integers(vocabulary.first_plain, vocabulary.pad, inputs.shape[1]) for g in generators])
+        randoms = np.stack(
+            [g.integers(vocabulary.first_plain, vocabulary.plain_stop, inputs.shape[1]) for g in generators]
+        )
         chosen = (draws[:, 0] < self._noise_density) & (labels != IGNORE) & (inputs != vocabulary.end)
         inputs = np.where(chosen & (draws[:, 1] < 0.8), vocabulary.mask, inputs)
         inputs = np.where(chosen & (draws[:, 1] >= 0.9), randoms, inputs)
@@ -169,17 +195,104 @@ class Pairs:
         source_ids: TokenLists,
         target_ids: TokenLists,
         vocabulary: Vocabulary,
+        shape: Architecture,
         max_source_tokens: int,
         max_target_tokens: int,
     ) -> None:
         self._source_ids, self._target_ids, self._vocabulary = source_ids, target_ids, vocabulary
+        self._batch = seq2seq_batch if shape == "encoder-decoder" else prefix_batch
         self._max_source_tokens, self._max_target_tokens = max_source_tokens, max_target_tokens
 
     def micro_batch(self, batch: GlobalBatch) -> MicroBatch:
         end = self._vocabulary.end
-        sources = [_cut(self._source_ids[int(i)], self._max_source_tokens, end) for i in batch.indices]
-        targets = [_cut(self._target_ids[int(i)], self._max_target_tokens, end) for i in batch.indices]
-        return seq2seq_batch(sources, targets, self._vocabulary)
+        sources = [cut(self._source_ids[int(i)], self._max_source_tokens, end) for i in batch.indices]
+        targets = [cut(self._target_ids[int(i)], self._max_target_tokens, end) for i in batch.indices]
+        return self._batch(sources, targets, self._vocabulary)
+
+
+class LabelledTexts:
+    """Text to the number of its label.
+
+    :param labels: (N,) as `label_numbers` gives them.
+    """
+
+    def __init__(self, source_ids: TokenLists, labels: Tokens, vocabulary: Vocabulary, max_source_tokens: int) -> None:
+        self._source_ids, self._labels, self._vocabulary = source_ids, labels, vocabulary
+        self._max_source_tokens = max_source_tokens
+
+    def micro_batch(self, batch: GlobalBatch) -> MicroBatch:
+        end = self._vocabulary.end
+        rows = [cut(self._source_ids[int(i)], self._max_source_tokens, end) for i in batch.indices]
+        input_ids = pad_to(rows, self._vocabulary.pad)  # (B, T)
+        inputs: dict[str, NDArray[np.generic]] = {
+            "input_ids": input_ids,
+            "attention_mask": padding_mask(rows, input_ids.shape[1]),
+        }
+        return MicroBatch(inputs, self._labels[batch.indices], sum(map(len, rows)))
+
+
+# ------------------------------------------------------------------------------------------- labels
+
+
+def label_counts(tokens: StoragePath, split: str) -> Counter[str]:
+    """How many texts of a split of a prepared corpus have each label.
+
+    :raises ArtifactError: the split has no pairs at all.
+    """
+    table = Shards(tokens / "pairs" / split).table
+    counted = pc.value_counts(table.filter(pc.equal(table["task"], CLASSIFY.name))["target"]).to_pylist()
+    return Counter({entry["values"]: entry["counts"] for entry in counted})
+
+
+def label_names(tokens: StoragePath) -> list[str]:
+    """The labels of the training texts of a prepared corpus, sorted: a label's number is its place.
+
+    :raises ArtifactError: there is one label or none, or more than a classifier has, or a held-out text has another.
+    """
+    labels = sorted(label_counts(tokens, "train"))
+    where = f"corpus {tokens}: pairs/train"
+    if not labels:
+        raise ArtifactError(f"{where} has no labelled texts; give the corpus a pair source with `task: classify`")
+    if len(labels) == 1:
+        raise ArtifactError(f"{where} has only the label '{labels[0]}'; two are the least to choose from")
+    if len(labels) > MAX_LABELS:
+        raise ArtifactError(
+            f"{where} has {len(labels):,} labels, {MAX_LABELS:,} are the most; is `target` the column of the labels? "
+            f"It holds '{labels[0][:80]}'"
+        )
+    for split in ("validation", "test"):
+        if (tokens / "pairs" / split).list():
+            check_labels(label_counts(tokens, split), labels, f"corpus {tokens}: pairs/{split}")
+    return labels
+
+
+def check_labels(found: Mapping[str, int], labels: Sequence[str], where: str) -> None:
+    """:raises ArtifactError: a label was found that is not among those learned."""
+    unseen = sorted(found.keys() - set(labels))
+    if unseen:
+        known = ", ".join(labels[:10]) + ", …" * (len(labels) > 10)
+        raise ArtifactError(
+            f"{where} has {found[unseen[0]]} times the label '{unseen[0]}', which no training text has; known: {known}"
+        )
+
+
+def label_numbers(targets: pa.ChunkedArray, labels: Sequence[str]) -> Tokens:
+    """(N,) the number of each label, `IGNORE` for a target that is none."""
+    numbers = pc.fill_null(pc.index_in(targets, value_set=pa.array(labels, pa.string())), IGNORE)
+    return np.asarray(numbers.to_numpy(), dtype=np.int64)
+
+
+def pair_weights(tasks: NDArray[np.object_], task_weights: Mapping[str, float], objective: str) -> NDArray[np.float64]:
+    """(N,) how often an objective sees each pair in an epoch: never one that is not of its kind.
+
+    :param tasks: (N,) names.
+    :param task_weights: as `finetune.task_weights`.
+    """
+    weights = np.ones(len(tasks))
+    for task, weight in task_weights.items():
+        weights[tasks == task] = weight
+    weights[(tasks == CLASSIFY.name) != (objective == CLASSIFY.name)] = 0.0
+    return weights
 
 
 # --------------------------------------------------------------------------------------- pure parts
@@ -237,20 +350,44 @@ def infill_spans(tokens: Tokens, noise: NDArray[np.bool_], mask: int, end: int) 
     return np.append(source, end), np.append(tokens, end)
 
 
+def padding_mask(rows: Sequence[Tokens], width: int) -> Tokens:
+    """(B, T) 1 where a row that was filled up at the right has a token."""
+    lengths = np.asarray([len(row) for row in rows])
+    return (np.arange(width) < lengths[:, None]).astype(np.int64)
+
+
 def seq2seq_batch(sources: list[Tokens], targets: list[Tokens], vocabulary: Vocabulary) -> MicroBatch:
     """A padded batch for an encoder-decoder; the decoder reads the labels shifted right."""
     input_ids = pad_to(sources, vocabulary.pad)  # (B, S)
     target_ids = pad_to(targets, vocabulary.pad)  # (B, T)
-    source_lengths = np.asarray([len(row) for row in sources])
-    target_lengths = np.asarray([len(row) for row in targets])
     start = np.full((len(targets), 1), vocabulary.decoder_start)
     inputs: dict[str, NDArray[np.generic]] = {
         "input_ids": input_ids,
-        "attention_mask": (np.arange(input_ids.shape[1]) < source_lengths[:, None]).astype(np.int64),
+        "attention_mask": padding_mask(sources, input_ids.shape[1]),
         "decoder_input_ids": np.concatenate([start, target_ids[:, :-1]], axis=1),
     }
-    labels = np.where(np.arange(target_ids.shape[1]) < target_lengths[:, None], target_ids, IGNORE)
-    return MicroBatch(inputs, labels)
+    labels = np.where(padding_mask(targets, target_ids.shape[1]), target_ids, IGNORE)
+    return MicroBatch(inputs, labels, sum(map(len, sources)) + sum(map(len, targets)))
+
+
+def prefix_batch(sources: list[Tokens], targets: list[Tokens], vocabulary: Vocabulary) -> MicroBatch:
+    """A padded batch for a decoder: each source with its target behind it, and a loss on the target alone.
+
+    `a b </s>` and `C D </s>` become `a b </s> C D </s>`: the first `</s>` predicts C, D the last one. Attention stays
+    causal over the source as well, so that generating computes what training did.
+    """
+    rows = [np.concatenate(pair) for pair in zip(sources, targets, strict=True)]
+    input_ids = pad_to(rows, vocabulary.pad)  # (B, T)
+    labels = np.full_like(input_ids, IGNORE)
+    for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        labels[row, len(source) - 1 : len(source) + len(target) - 1] = target
+    mask = padding_mask(rows, input_ids.shape[1])
+    inputs: dict[str, NDArray[np.generic]] = {
+        "input_ids": input_ids,
+        "attention_mask": mask,
+        "position_ids": np.maximum(np.cumsum(mask, axis=1) - 1, 0),
+    }
+    return MicroBatch(inputs, labels, sum(map(len, sources)) + sum(map(len, targets)))
 
 
 def document_mask(lengths: list[Tokens], width: int, causal: bool) -> tuple[NDArray[np.bool_], Tokens]:
@@ -273,23 +410,24 @@ def document_mask(lengths: list[Tokens], width: int, causal: bool) -> tuple[NDAr
     return mask[:, None], positions
 
 
-def _cut(tokens: Tokens, limit: int, end: int) -> Tokens:
+def cut(tokens: Tokens, limit: int, end: int) -> Tokens:
+    """At most so many tokens, with the end token last."""
     if len(tokens) <= limit:
         return tokens
     return np.append(tokens[: limit - 1], end)
 
 
-def objective_for(wanted: str, shape: Architecture) -> str:
+def objective_for(wanted: str, shape: Architecture, section: str = "pretrain") -> str:
     """The objective that trains an architecture; `auto` is resolved, a misfit refused.
 
+    :param section: `pretrain` or `finetune`.
     :raises SettingsError: the architecture cannot learn by the wanted objective.
     """
-    natural = {"encoder-decoder": "denoise", "decoder": "causal", "encoder": "masked"}[shape]
-    fitting = {natural, "seq2seq"} if shape == "encoder-decoder" else {natural}
+    fitting = _OBJECTIVES[section, shape]
     if wanted == "auto":
-        return natural
+        return fitting[0]
     if wanted not in fitting:
-        raise SettingsError(
-            f"objective '{wanted}' does not fit {'a' if shape == 'decoder' else 'an'} {shape}; use '{natural}'"
-        )
+        article = "a" if shape == "decoder" else "an"
+        instead = " or ".join(f"'{objective}'" for objective in fitting)
+        raise SettingsError(f"objective '{wanted}' does not fit {article} {shape}; use {instead}")
     return wanted

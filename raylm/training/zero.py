@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +27,12 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
-def deepspeed_config(settings: TrainingSettings, world_size: int, micro_batches: int, precision: str) -> dict[str, Any]:
+def deepspeed_config(
+    settings: TrainingSettings, world_size: int, micro_batches: int, precision: str, load_universal: bool = False
+) -> dict[str, Any]:
     """The DeepSpeed config of a run.
 
+    :param load_universal: the engine will load a universal checkpoint.
     Batch sizes only have to agree with each other: what a micro-batch holds is decided by `raylm.training.batches`,
     and losses are already sums over the global batch.
     """
@@ -43,26 +48,62 @@ def deepspeed_config(settings: TrainingSettings, world_size: int, micro_batches:
             "round_robin_gradients": False,
             # Small enough that a laptop's model is really sharded, and the default on a GPU's scale.
             "stage3_param_persistence_threshold": 10_000,
+            **_offload(settings),
         },
         # The optimizer is torch.optim.AdamW: fused, the same on CPU and GPU, no compiler needed.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},
+        "checkpoint": {"load_universal": load_universal},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
 
 
+def _offload(settings: TrainingSettings) -> dict[str, Any]:
+    """The part of the ZeRO config that says what does not stay on the GPU."""
+    if settings.offload == "none":
+        return {}
+    place: dict[str, Any] = {"device": "cpu", "pin_memory": True}
+    if settings.offload_directory:
+        place = {"device": "nvme", "nvme_path": settings.offload_directory, "pin_memory": True}
+    return {"offload_optimizer": place} | ({"offload_param": place} if settings.offload == "all" else {})
+
+
 def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices decay; vectors (biases, norms) and fixed positions do not."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trained if parameter.dim() > 1]
-    plain = [parameter for parameter in trained if parameter.dim() <= 1]
+    decayed = [parameter for parameter in trained if _dimensions(parameter) > 1]
+    plain = [parameter for parameter in trained if _dimensions(parameter) <= 1]
     return [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
+
+
+def _dimensions(parameter: torch.nn.Parameter) -> int:
+    """Of the whole parameter, where ZeRO-3 has left a part of it, which is flat."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@contextlib.contextmanager
+def born_sharded(config: dict[str, Any]) -> Iterator[None]:
+    """While it lasts, models are built and loaded as ZeRO-3 wants them: no rank ever holds more than one layer whole.
+
+    Other stages hold whole weights anyway.
+    """
+    if config["zero_optimization"]["stage"] < 3:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    kept = HfDeepSpeedConfig(config)  # transformers looks at it through a weak reference
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del kept
 
 
 def _deepspeed() -> Any:
@@ -110,6 +151,48 @@ def build_engine(
     return engine
 
 
+def load_engine(engine: DeepSpeedEngine, directory: Path, tag: str) -> None:
+    """Load weights, optimizer state, loss scale and step counts, and leave each parameter group's settings alone.
+
+    Where ZeRO-3 loads a universal checkpoint, DeepSpeed 0.19.8 gives every group the settings of the first, so that
+    biases would decay, and all shards one and the same step counter, which each would then advance.
+    """
+    groups = [{name: value for name, value in group.items() if name != "params"} for group in _groups(engine)]
+    engine.load_checkpoint(str(directory), tag=tag)
+    for group, own in zip(_groups(engine), groups, strict=True):
+        group.update(own)
+    for state in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
+        if "step" in state:
+            state["step"] = state["step"].clone()
+
+
+def _groups(engine: DeepSpeedEngine) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = engine.optimizer.param_groups
+    return groups
+
+
+def to_universal(checkpoint: Path, target: Path) -> None:
+    """Write a ZeRO checkpoint as DeepSpeed's universal checkpoint, which an engine of any world size loads.
+
+    :param checkpoint: the directory with all ranks' shards.
+    """
+    _deepspeed()
+    from deepspeed.checkpoint import ds_to_universal
+
+    arguments = argparse.Namespace(
+        input_folder=str(checkpoint),
+        output_folder=str(target),
+        num_extract_workers=1,  # in this process: a worker of Ray must not fork
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    silence = io.StringIO()  # it prints what it does, line by line
+    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+        ds_to_universal.main(arguments)
+
+
 def whole_weights(checkpoint: Path, zero_stage: int) -> dict[str, torch.Tensor]:
     """The fp32 weights of a saved engine, put together from all ranks' shards.
 
@@ -121,11 +204,14 @@ def whole_weights(checkpoint: Path, zero_stage: int) -> dict[str, torch.Tensor]:
     _deepspeed()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    if zero_stage == 0:
+    module: dict[str, torch.Tensor] = {}
+    if zero_stage < 2:  # nothing shards the module; and of stage 1, the frozen weights are nowhere else
         file = checkpoint / "zero" / "mp_rank_00_model_states.pt"
         # DeepSpeed's own format; the caller has held the file against its manifest.
         state = torch.load(file, map_location="cpu", weights_only=False)
-        return {name: tensor.float() for name, tensor in state["module"].items()}
+        module = {name: tensor.float() for name, tensor in state["module"].items()}
+    if zero_stage == 0:
+        return module
     silence = io.StringIO()  # it prints what it does, line by line
     with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-        return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="zero"))
+        return module | dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="zero"))

@@ -26,15 +26,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
+from tests.benchmarks.commands import CPUS, REPOSITORY, raylm_session
 from tests.benchmarks.measure import (
     PEERS,
     REPEATS,
     BenchmarkError,
     Goal,
     Row,
-    Session,
     beside,
     interleaved,
     mapped,
@@ -45,12 +44,10 @@ from tests.benchmarks.measure import (
     succeeded,
 )
 
-REPOSITORY = Path(__file__).parents[2]
 DATA = Path(os.environ.get("RAYLM_DATA", REPOSITORY.parent / "shared" / "data"))
 TEXT = DATA / "text.en.tech.train.parquet"
 
 _SEED = 7
-_CPUS = os.cpu_count() or 1
 _SHINGLE_WORDS, _THRESHOLD = 5, 0.8  # raylm's defaults
 _END, _SEQUENCE = "</s>", 128
 _VERSIONS = dict(line.split("==") for line in (PEERS / "requirements.txt").read_text().split())
@@ -82,31 +79,7 @@ class Prepared:
         return int(self.manifest["metrics"]["tokens"])
 
 
-@contextmanager
-def prepare_session(storage: Path, corpus: dict[str, Any], cpus: int = _CPUS) -> Iterator[Session]:
-    """`raylm prepare` with a Ray of its own, which ends with it."""
-    # Ray's socket paths are limited to 107 bytes: its directory has to be near the root.
-    with tempfile.TemporaryDirectory(prefix="rb-", dir="/tmp", ignore_cleanup_errors=True) as directory:
-        cluster = Path(directory) / "cluster.yaml"
-        settings = {"storage": str(storage), "corpus": corpus}
-        local = {"type": "local", "head_ip": "127.0.0.1"}
-        cluster.write_text(yaml.safe_dump({"provider": local, "metadata": {"raylm": settings}}))
-        environment = os.environ | {
-            "PYTHONPATH": str(REPOSITORY),
-            "RAY_ADDRESS": "local",
-            "RAY_TMPDIR": directory,
-            "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": cpus}),
-            "HF_HUB_OFFLINE": "1",
-        }
-        command = [sys.executable, "-m", "raylm", "prepare", "--cluster", str(cluster), "--json"]
-        session = Session(command, environment, Path(directory))
-        try:
-            yield session
-        finally:
-            session.kill()
-
-
-def prepare(corpus: dict[str, Any], storage: Path | None = None, cpus: int = _CPUS, watched: bool = False) -> Prepared:
+def prepare(corpus: dict[str, Any], storage: Path | None = None, cpus: int = CPUS, watched: bool = False) -> Prepared:
     """What the command made; where no storage is given, only what is known of it stays.
 
     :raises BenchmarkError: it failed.
@@ -114,7 +87,7 @@ def prepare(corpus: dict[str, Any], storage: Path | None = None, cpus: int = _CP
     if storage is None:
         with workplace() as place:
             return prepare(corpus, place, cpus, watched)
-    with prepare_session(storage, corpus, cpus) as session:
+    with raylm_session("prepare", {"storage": str(storage), "corpus": corpus}, cpus) as session:
         finished = session.wait(watched)
     root = storage / "tokens" / "default"
     digest = hashlib.sha256()
@@ -170,7 +143,7 @@ def some_texts(scale: float) -> list[str]:
     return random.Random(_SEED).sample(texts, max(int(len(texts) * min(scale, 1)), 40))
 
 
-def write_documents(directory: Path, texts: Sequence[str], files: int = 2 * _CPUS, first: int = 0) -> Path:
+def write_documents(directory: Path, texts: Sequence[str], files: int = 2 * CPUS, first: int = 0) -> Path:
     """The directory, after writing the texts with their numbers as `id` into parquet files of like size."""
     directory.mkdir(parents=True, exist_ok=True)
     for number in range(files):
@@ -331,7 +304,7 @@ def template_row(place: Path, texts: list[str]) -> Row:
 
 
 def removed_by_datatrove(documents: Path) -> set[int]:
-    return set(map(int, datatrove("dedup", documents=str(documents), workers=_CPUS)["removed"]))
+    return set(map(int, datatrove("dedup", documents=str(documents), workers=CPUS)["removed"]))
 
 
 def removed_by_raylm(documents: Path, texts: Sequence[str]) -> set[int]:
@@ -425,12 +398,12 @@ def measure_pipeline(scale: float) -> list[Row]:
         cleaned = str(write_documents(place / "cleaned", texts_to_compare(learned)))
         corpus = read_from(documents, tokenizer={"start_from": str(tokenizer)}, sequence_length=_SEQUENCE)
         encoder = {"tokenizer": str(tokenizer / "tokenizer.json")}
-        packing = {"end": _END, "sequence_length": _SEQUENCE, "cpus": _CPUS, **encoder}
+        packing = {"end": _END, "sequence_length": _SEQUENCE, "cpus": CPUS, **encoder}
         done = interleaved(
             {
                 "raylm": lambda: prepare(corpus),
-                "pipeline": lambda: datatrove("pipeline", documents=documents, workers=_CPUS, end=_END, **encoder),
-                "dedup": lambda: datatrove("dedup", documents=cleaned, workers=_CPUS),
+                "pipeline": lambda: datatrove("pipeline", documents=documents, workers=CPUS, end=_END, **encoder),
+                "dedup": lambda: datatrove("dedup", documents=cleaned, workers=CPUS),
                 "datasets": lambda: peer("with_datasets.py", work="pack", documents=cleaned, **packing),
                 "tokenizers": lambda: peer("with_datasets.py", work="encode", documents=cleaned, **encoder),
             }
@@ -564,7 +537,7 @@ def killed_and_resumed(corpus: dict[str, Any], usual_s: float, chance: random.Ra
     after_s = chance.uniform(0, usual_s)
     while True:
         with workplace() as storage:
-            with prepare_session(storage, corpus) as session:
+            with raylm_session("prepare", {"storage": str(storage), "corpus": corpus}) as session:
                 while session.running and not any(storage.glob("tokens/*/_work")):
                     time.sleep(0.02)
                 time.sleep(after_s)

@@ -1,0 +1,212 @@
+"""Groups of workers: how many there may be, Ray Train around the loop, and what follows when some are lost or come."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raylm.errors import RaylmError, TrainingError
+from raylm.progress import Progress
+from raylm.settings import FinetuneSettings, PretrainSettings
+from raylm.storage import StoragePath
+from raylm.training.control import Attention, Follower, Relay, stopping
+from raylm.training.loop import TrainingJob, step_sequences, train_worker
+from raylm.training.streaming import TokenStream, dataset_from_checkpoint
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+    from ray.train.torch import TorchTrainer
+
+_MOST_CPU_WORKERS = 4
+_GROW_AFTER_S = 30.0
+"""Machines for more workers have to be there for so long before training pauses for them."""
+_MOST_HEALTH_CHECK_S = 600.0
+_NEVER_S = 1e9
+_READ_AHEAD_BYTES = 32 << 20
+"""Of a stream's sequences, for each worker."""
+
+
+@dataclass(frozen=True)
+class Width:
+    """How many workers may train, and on what."""
+
+    least: int
+    most: int
+    use_gpu: bool
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """Of one worker."""
+        return {"CPU": 1, **({"GPU": 1} if self.use_gpu else {})}
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.least < self.most
+
+
+def choose_width(training: PretrainSettings | FinetuneSettings, cpus_for_data: int) -> Width:
+    """How many workers, and whether each has a GPU, from the settings and the live cluster.
+
+    :param cpus_for_data: left to Ray Data, which gets none that a worker has.
+    :raises TrainingError: more are wanted than there are machines for.
+    """
+    import ray
+
+    resources = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    have = min(gpus, cpus - cpus_for_data) if gpus else cpus - cpus_for_data
+    if training.workers == "auto":
+        least = most = max(have if gpus else min(have, _MOST_CPU_WORKERS), 1)
+    elif isinstance(training.workers, tuple):
+        least, most = training.workers
+    else:
+        least = most = training.workers
+    if least > have:
+        kind = "GPUs" if gpus else "CPUs"
+        beside = f", {cpus_for_data} CPU of which {training.section}.stream needs" if cpus_for_data else ""
+        raise TrainingError(f"{training.section}.workers is {least}, the cluster has {gpus or cpus} {kind}{beside}")
+    return Width(least, most, bool(gpus))
+
+
+def _possible(width: Width) -> int:
+    """How many workers the living machines could hold, each as a whole."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    held = sum(int(min(node.get(name, 0) // wanted for name, wanted in width.resources.items())) for node in nodes)
+    return min(held, width.most)
+
+
+def train_in_groups(job: TrainingJob, width: Width, progress: Progress, stream: TokenStream | None) -> int:
+    """Run the loop on groups of workers, one after the other, until the last step; the last group's size.
+
+    :raises TrainingError: it cannot be brought to its end.
+    :raises KeyboardInterrupt: it was stopped by a signal; what was trained is in a checkpoint.
+    """
+    import ray
+    from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    relay = ray.remote(num_cpus=0, scheduling_strategy=here)(Relay).remote()
+    run = StoragePath(job.run)
+    try:
+        with Follower(relay, progress), stopping(relay) as stopped:
+            while True:
+                ray.get(relay.begin.remote())
+                if stopped.is_set():
+                    raise KeyboardInterrupt
+                failure = _attempt(_trainer(job, width, relay, stream), width, relay)
+                fatal = ray.get(relay.failed.remote())
+                if fatal:
+                    raise TrainingError(fatal)
+                if isinstance(failure, TrainingFailedError):
+                    raise _lost(run, failure) from failure
+                if failure is not None:
+                    raise failure
+                if ray.get(relay.is_finished.remote()):
+                    return int(ray.get(relay.world_size.remote()))
+    finally:
+        (run / "ray").delete()
+
+
+def _trainer(job: TrainingJob, width: Width, relay: ActorHandle, stream: TokenStream | None) -> TorchTrainer:
+    from ray.data import ExecutionOptions, ExecutionResources
+    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    run, patience_s = StoragePath(job.run), job.settings.collective_timeout_s
+    # A frozen worker answers neither its peers in a collective nor the controller's health checks.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(min(patience_s, _MOST_HEALTH_CHECK_S))
+    datasets: dict[str, Any] = {}
+    if stream:
+        sequences = job.settings.steps * step_sequences(job.settings.global_batch_tokens, StoragePath(job.tokens))
+        # Called for each group of workers: one that replaces another goes on behind its last checkpoint.
+        datasets["train"] = lambda: dataset_from_checkpoint(stream, run, sequences)
+    read_ahead = ExecutionResources(object_store_memory=_READ_AHEAD_BYTES * width.most)
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"job": job, "relay": relay},
+        torch_config=TorchConfig(backend="nccl" if width.use_gpu else "gloo", timeout_s=math.ceil(patience_s)),
+        datasets=datasets,
+        dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True, resource_limits=read_ahead)),
+        scaling_config=ScalingConfig(
+            num_workers=(width.least, width.most) if width.is_elastic else width.most,
+            use_gpu=width.use_gpu,
+            resources_per_worker=width.resources,
+            # Ray would end a group that could be larger wherever it stands; `_attempt` lets it pause first.
+            elastic_resize_monitor_interval_s=_NEVER_S,
+        ),
+        run_config=RunConfig(
+            # Ray's own record of the attempt; which checkpoint to continue from is our manifests' to say.
+            name=f"attempt-{time.time_ns()}",
+            storage_path=(run / "ray").path,
+            storage_filesystem=run.filesystem,
+            failure_config=FailureConfig(max_failures=job.settings.max_failures),
+        ),
+    )
+
+
+def _attempt(trainer: TorchTrainer, width: Width, relay: ActorHandle) -> Exception | None:
+    """Let a group of workers train until it ends; what it failed with, or None.
+
+    An elastic group is asked to pause when there have been machines for a larger one for a while.
+    """
+    import ray
+
+    failures: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:  # raised, or explained, in the main thread
+            failures.append(error)
+
+    # Not in the main thread, where Ray Train would answer Ctrl-C by ending the process with 0.
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    room_since: float | None = None
+    while thread.is_alive():
+        thread.join(timeout=1)
+        if width.is_elastic:
+            size = ray.get(relay.world_size.remote())
+            has_room = 0 < size < _possible(width)
+            room_since = (room_since or time.monotonic()) if has_room else None
+            if room_since and time.monotonic() - room_since > _GROW_AFTER_S:
+                relay.request.remote("there are machines for more workers")
+    return failures[0] if failures else None
+
+
+def _lost(run: StoragePath, failure: BaseException) -> TrainingError:
+    """The error of workers that were lost too often, after writing down their trace."""
+    trace = run / "error.txt"
+    trace.write_bytes(str(failure).encode())
+    last = [line.strip() for line in str(failure).splitlines() if line.strip()][-1]
+    return TrainingError(f"run {run}: workers failed: {last} (whole trace: {trace})")
+
+
+def _worker(config: dict[str, Any]) -> None:
+    import ray.train
+
+    job, relay = config["job"], config["relay"]
+    leads = ray.train.get_context().get_world_rank() == 0
+
+    def report(metrics: dict[str, Any]) -> None:
+        if leads:
+            relay.push.remote(metrics)
+
+    # Of a group that Ray Train puts in the place of one that such an error has ended.
+    if ray.get(relay.failed.remote()):
+        return
+    try:
+        is_finished = train_worker(job, report, Attention(relay if leads else None, asks_ray=True))
+    except RaylmError as error:
+        # Trying again would come to the same end. Raised all the same: the other workers are waiting for this one.
+        ray.get(relay.fail.remote(str(error)))
+        raise
+    if leads and is_finished:
+        ray.get(relay.finish.remote())

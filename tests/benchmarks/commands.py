@@ -1,0 +1,46 @@
+"""raylm as its users run it: a command with settings, and a Ray of its own that ends with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.benchmarks.measure import Session
+
+REPOSITORY = Path(__file__).parents[2]
+CPUS = os.cpu_count() or 1
+
+
+@contextmanager
+def raylm_session(command: str, settings: Mapping[str, Any], cpus: int = CPUS) -> Iterator[Session]:
+    """A command that runs, and prints its manifest as JSON at its end.
+
+    :param settings: what stands under `metadata.raylm`.
+    :param cpus: that its Ray has.
+    """
+    # Ray's socket paths are limited to 107 bytes: its directory has to be near the root.
+    with tempfile.TemporaryDirectory(prefix="rb-", dir="/tmp", ignore_cleanup_errors=True) as directory:
+        cluster = Path(directory) / "cluster.yaml"
+        local = {"type": "local", "head_ip": "127.0.0.1"}
+        cluster.write_text(yaml.safe_dump({"provider": local, "metadata": {"raylm": dict(settings)}}))
+        environment = os.environ | {
+            "PYTHONPATH": str(REPOSITORY),
+            "RAY_ADDRESS": "local",
+            "RAY_TMPDIR": directory,
+            "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": cpus}),
+            "HF_HUB_OFFLINE": "1",
+        }
+        line = [sys.executable, "-m", "raylm", command, "--cluster", str(cluster), "--json"]
+        session = Session(line, environment, Path(directory))
+        try:
+            yield session
+        finally:
+            session.kill()

@@ -1,0 +1,127 @@
+"""A training on machines that are taken away, lost and added; run by `test_faults.py` as a process of its own.
+
+    python -m tests.training.elastic SETTINGS.json RESULT.json
+
+Machines are real Ray nodes of this machine. The result says what happened when.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "1"
+
+import psutil
+import ray
+from ray.cluster_utils import Cluster
+
+from raylm.settings import Settings
+from raylm.training import groups
+from raylm.training.control import Follower
+from raylm.training.trainer import pretrain
+
+groups._GROW_AFTER_S = 2.0
+
+
+class Seen:
+    """What the driver heard from the workers."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.starts: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        show = Follower._show
+
+        def noted(follower: Follower, row: dict[str, Any]) -> None:
+            if "world_size" in row:
+                self.starts.append(row | {"at": time.monotonic()})
+            elif "note" in row:
+                self.notes.append(row["note"])
+            self.step = max(self.step, row.get("step", 0))
+            show(follower, row)
+
+        Follower._show = noted  # type: ignore[method-assign]
+
+    def wait_for(self, what: str, condition: Any, timeout_s: float = 120) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{what}: at step {self.step}, {self.starts}, {self.notes}")
+            time.sleep(0.05)
+
+
+def worker_processes() -> list[psutil.Process]:
+    return [process for process in psutil.process_iter(["cmdline"]) if _is_worker(process)]
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    command = " ".join(process.info["cmdline"] or [])
+    return "RayTrainWorker" in command and any(parent.pid == os.getpid() for parent in _parents(process))
+
+
+def _parents(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.parents()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def disturb(cluster: Cluster, spot: Any, seen: Seen, result: dict[str, Any]) -> None:
+    """Take a machine away, bring another, and kill a worker."""
+    seen.wait_for("training on two workers", lambda: seen.starts and seen.starts[-1]["world_size"] == 2)
+    seen.wait_for("a hundred steps", lambda: seen.step > 100)
+
+    notice = time.monotonic()
+    command = str(Path(sys.executable).parent / "ray")
+    subprocess.run(
+        [command, "drain-node", "--address", cluster.address, "--node-id", spot.node_id, "--reason",
+         "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "60"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    seen.wait_for("one worker after the notice", lambda: seen.starts[-1]["world_size"] == 1)
+    result["after_notice_s"] = seen.starts[-1]["at"] - notice
+    cluster.remove_node(spot, allow_graceful=False)
+    step = seen.step
+    seen.wait_for("steps on one worker", lambda: seen.step > step + 50)
+
+    cluster.add_node(num_cpus=1)
+    seen.wait_for("two workers again", lambda: seen.starts[-1]["world_size"] == 2)
+    step = seen.step
+    seen.wait_for("steps on two workers", lambda: seen.step > step + 50)
+
+    starts = len(seen.starts)
+    killed = time.monotonic()
+    result["step_at_kill"] = seen.step
+    worker_processes()[-1].kill()
+    seen.wait_for("a new group", lambda: len(seen.starts) > starts)
+    result["after_kill_s"] = seen.starts[-1]["at"] - killed
+
+
+def main(settings_file: str, result_file: str) -> None:
+    settings = Settings.model_validate_json(Path(settings_file).read_text())
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    ray.init(cluster.address, log_to_driver=False)
+    spot = cluster.add_node(num_cpus=1)
+    seen, result = Seen(), {}
+    # Ray starts machines in the main thread only.
+    training = threading.Thread(target=lambda: result.update(step=pretrain(settings).metrics["step"]), daemon=True)
+    try:
+        seen.wait_for("the second machine", lambda: ray.cluster_resources().get("CPU", 0) == 2)
+        training.start()
+        disturb(cluster, spot, seen, result)
+        training.join(timeout=300)
+    finally:
+        Path(result_file).write_text(json.dumps(result | {"starts": seen.starts, "notes": seen.notes}))
+        ray.shutdown()
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

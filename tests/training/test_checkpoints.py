@@ -1,0 +1,219 @@
+"""Checkpoints: complete or invisible, exact, and for any number of workers."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raylm.errors import TrainingError
+from raylm.settings import PretrainSettings, Settings
+from raylm.storage import StoragePath
+from raylm.training import checkpoint as checkpoints
+from raylm.training.loop import TrainingJob
+from raylm.training.trainer import pretrain, run_directory
+from tests.training.test_training import changed, losses
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def model(small_settings: Settings, corpus: StoragePath, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config and a tokenizer to train from."""
+    from raylm import models
+
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = models.load_tokenizer(str(corpus / "tokenizer"))
+    tokenizer.save_pretrained(directory)
+    config = models.build_config(small_settings.model, tokenizer)
+    config.dropout = 0.1  # which a run that continues has to draw again
+    config.save_pretrained(directory)
+    return directory
+
+
+def training(settings: Settings, **values: Any) -> PretrainSettings:
+    fixed = {"log_every": 1, "checkpoint_every": 4, "schedule": "constant", "learning_rate": 1e-3, "warmup_steps": 2}
+    return settings.pretrain.model_copy(update=fixed | values)
+
+
+def run_on(workers: int, jobs: list[TrainingJob], storage: Path) -> None:
+    """Train all jobs, one after the other, on a group of workers."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    def train_all(config: dict[str, Any]) -> None:
+        from raylm.training.loop import train_worker
+
+        for job in config["jobs"]:
+            train_worker(job, lambda _: None)
+
+    TorchTrainer(
+        train_all,
+        train_loop_config={"jobs": jobs},
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=workers),
+        run_config=RunConfig(name=f"group-{random.random()}", storage_path=str(storage / "ray")),
+    ).fit()
+
+
+def test_a_run_goes_from_two_workers_to_one_and_back(
+    small_settings: Settings, corpus: StoragePath, model: Path, tmp_path: Path
+) -> None:
+    """At each stage of ZeRO the losses are those of an undisturbed run, to 1e-5."""
+    stages = (0, 1, 2, 3)
+
+    def jobs(name: str, steps: int) -> list[TrainingJob]:
+        return [
+            TrainingJob(
+                training(small_settings, zero_stage=stage, steps=steps), str(tmp_path / f"{name}-{stage}"),
+                str(corpus), str(tmp_path / "model"), None,
+            )
+            for stage in stages
+        ]  # fmt: skip
+
+    shutil.copytree(model, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    # Dropout differs by rank: another number of workers cannot draw the same.
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"dropout": 0.0}))
+    run_on(2, [*jobs("whole", STEPS), *jobs("changing", STEPS // 3)], tmp_path)
+    run_on(1, jobs("changing", 2 * STEPS // 3), tmp_path)
+    run_on(2, jobs("changing", STEPS), tmp_path)
+    for stage in stages:
+        whole, changing = (StoragePath(str(tmp_path / f"{name}-{stage}")) for name in ("whole", "changing"))
+        assert [c.world_size for c in checkpoints.checkpoints(changing)] == [1, 2]
+        assert losses(changing) == pytest.approx(losses(whole), abs=1e-5), f"ZeRO-{stage}"
+        assert len(losses(whole)) == STEPS
+        assert losses(whole)[-1] < losses(whole)[0] - 0.05
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_that_continues_draws_the_same_dropout(
+    small_settings: Settings, corpus: StoragePath, model: Path, tmp_path: Path, workers: int
+) -> None:
+    def job(name: str, steps: int, stage: int) -> TrainingJob:
+        settings = training(small_settings, steps=steps, zero_stage=stage)
+        return TrainingJob(settings, str(tmp_path / f"{name}-{stage}"), str(corpus), str(model), None)
+
+    run_on(workers, [job(name, steps, stage) for stage in (1, 3) for name, steps in
+                     (("whole", 8), ("broken", 4), ("broken", 8))], tmp_path)  # fmt: skip
+    for stage in (1, 3):
+        whole, broken = (losses(StoragePath(str(tmp_path / f"{name}-{stage}"))) for name in ("whole", "broken"))
+        assert broken == pytest.approx(whole, abs=1e-6)
+        assert whole[-1] < whole[0]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_parameter_groups_keep_their_settings_through_a_conversion(
+    small_settings: Settings, corpus: StoragePath, model: Path, tmp_path: Path, stage: int
+) -> None:
+    """Biases do not decay, nor do they learn to when a checkpoint of another world size is loaded."""
+    settings = training(small_settings, zero_stage=stage, steps=4, weight_decay=0.25)
+    job = TrainingJob(settings, str(tmp_path / "run"), str(corpus), str(model), None)
+    run_on(2, [job], tmp_path)
+
+    def look(config: dict[str, Any]) -> None:
+        import ray.train.torch
+
+        from raylm.training.loop import setup
+
+        job = config["job"]
+        checkpoint = checkpoints.best(StoragePath(job.run))
+        engine, *_ = setup(job, 1, ray.train.torch.get_device(), checkpoint)
+        decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+        Path(config["file"]).write_text(json.dumps({"decays": decays, "steps": engine.global_steps}))
+
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    TorchTrainer(
+        look,
+        train_loop_config={"job": job, "file": str(tmp_path / "seen.json")},
+        scaling_config=ScalingConfig(num_workers=1),
+        run_config=RunConfig(name="look", storage_path=str(tmp_path / "ray")),
+    ).fit()
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["decays"] == [0.25, 0.0]
+    assert seen["steps"] == 4
+
+
+# --------------------------------------------------------------------------------------- faults on storage
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(small_settings: Settings, corpus: StoragePath) -> Path:
+    """A run with checkpoints at steps 6 and 12."""
+    pretrain(changed(small_settings, pretrain={"workers": 2, "name": "faults"}))
+    return Path(run_directory(small_settings, "faults").path)
+
+
+def damage(directory: Path, kind: str, chance: random.Random) -> None:
+    files = sorted(file for file in directory.rglob("*") if file.is_file() and file.parent.name != "parts")
+    victim = chance.choice(files)
+    data = victim.read_bytes()
+    if kind == "truncate":
+        victim.write_bytes(data[: chance.randrange(len(data))])
+    elif kind == "drop":
+        victim.unlink()
+    elif kind == "flip":
+        changed_data = bytearray(data)
+        changed_data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        victim.write_bytes(bytes(changed_data))
+    else:  # died between two files: the manifest and some of the files were never written
+        for file in chance.sample(files, chance.randint(1, len(files) - 1)):
+            file.unlink()
+        (directory / "manifest.json").unlink(missing_ok=True)
+
+
+def test_no_damaged_checkpoint_is_ever_loaded(two_checkpoints: Path, tmp_path: Path) -> None:
+    """A hundred faults, each in a copy."""
+    chance = random.Random(7)
+    for number in range(100):
+        run = tmp_path / str(number)
+        shutil.copytree(two_checkpoints / "checkpoints", run / "checkpoints")
+        kind = ("truncate", "drop", "flip", "die")[number % 4]
+        damage(run / "checkpoints/step-00000012", kind, chance)
+        said: list[str] = []
+        found = checkpoints.newest_sound(StoragePath(str(run)), said.append)
+        assert found is not None
+        assert found.step == 6, f"{kind} number {number}"
+        if (run / "checkpoints/step-00000012/manifest.json").exists():
+            assert "step-00000012 is damaged and not used" in said[0]
+        shutil.rmtree(run)
+
+
+def test_a_manifest_that_says_something_else_is_refused(two_checkpoints: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(two_checkpoints / "checkpoints", run / "checkpoints")
+    file = run / "checkpoints/step-00000012/manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["metrics"]["step"] = 11
+    file.write_text(json.dumps(manifest))
+    said: list[str] = []
+    assert [c.step for c in checkpoints.checkpoints(StoragePath(str(run)), said.append)] == [6]
+    assert "is not as it was written" in said[0]
+
+
+def test_a_full_disk_ends_training_with_its_name(
+    small_settings: Settings, corpus: StoragePath, small_disk: Path
+) -> None:
+    run = run_directory(small_settings, "full")
+    Path(run.path).parent.mkdir(exist_ok=True)
+    Path(run.path).symlink_to(small_disk)
+    settings = changed(
+        small_settings,
+        pretrain={
+            "name": "full",
+            "workers": 2,
+            "steps": 400,
+            "checkpoint_every": 2,
+            "keep_last": 50,
+            "max_failures": 3,
+        },
+    )
+    with pytest.raises(TrainingError, match=r"(?i)step-\d+.*(no space left|cannot be written)"):
+        pretrain(settings)
+    assert all(found.fault() is None for found in checkpoints.checkpoints(run))

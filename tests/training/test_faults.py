@@ -1,0 +1,96 @@
+"""Machines that are taken away, lost or added, and workers that do not answer: nothing is lost, and nothing hangs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from raylm.settings import Settings
+from raylm.storage import StoragePath
+from raylm.training import checkpoint as checkpoints
+from raylm.training.trainer import pretrain, run_directory
+from tests.conftest import REPOSITORY
+from tests.training.test_training import changed, losses
+
+STEPS = 4_000
+
+
+def disturbed(settings: Settings, name: str, **values: object) -> Settings:
+    common = {"log_every": 1, "validate_every": 10_000, "validation_batches": 1, "global_batch_tokens": 512}
+    return changed(settings, pretrain=common | {"name": name, "schedule": "constant", "learning_rate": 1e-4, **values})
+
+
+@pytest.mark.slow
+def test_machines_go_and_come_and_no_step_is_lost(
+    small_settings: Settings, corpus: StoragePath, tmp_path: Path
+) -> None:
+    settings = disturbed(small_settings, "elastic", workers=(1, 2), steps=STEPS, checkpoint_every=500)
+    (tmp_path / "settings.json").write_text(settings.model_dump_json())
+    environment = os.environ | {"RAY_ADDRESS": ""}
+    command = [
+        sys.executable,
+        "-m",
+        "tests.training.elastic",
+        str(tmp_path / "settings.json"),
+        str(tmp_path / "r.json"),
+    ]
+    found = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=600, cwd=REPOSITORY, env=environment
+    )
+    assert found.returncode == 0, found.stderr[-3_000:]
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["step"] == STEPS
+    assert [start["world_size"] for start in result["starts"]] == [2, 1, 2, 2]
+    pauses = [note for note in result["notes"] if "training pauses" in note]
+    assert "(preempted)" in pauses[0]
+    assert "(requested)" in pauses[1]
+    # Each group begins at the very step where the one before it paused; the killed one's lost its interval at most.
+    for pause, start in zip(pauses, result["starts"][1:], strict=False):
+        assert pause.startswith(f"step {start['step']}:")
+    assert result["step_at_kill"] - result["starts"][-1]["step"] <= 500
+    assert result["after_kill_s"] < 60
+
+    run = run_directory(settings, "elastic")
+    assert len(losses(run)) == STEPS
+    whole = disturbed(small_settings, "whole", workers=2, steps=STEPS, checkpoint_every=STEPS)
+    pretrain(whole)
+    assert losses(run)[:1_000] == pytest.approx(losses(run_directory(whole, "whole"))[:1_000], abs=1e-4)
+
+
+def test_a_worker_that_does_not_answer_is_given_up(
+    small_settings: Settings, corpus: StoragePath, tmp_path: Path
+) -> None:
+    settings = disturbed(
+        small_settings, "silent", workers=2, steps=600, checkpoint_every=100, collective_timeout_s=15, max_failures=2
+    )
+    run = run_directory(settings, "silent")
+    stopped: list[int] = []
+
+    def silence() -> None:
+        while not checkpoints.checkpoints(run):
+            time.sleep(0.2)
+        children = psutil.Process().children(recursive=True)
+        workers = [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
+        stopped.append(workers[-1].pid)
+        os.kill(workers[-1].pid, signal.SIGSTOP)
+
+    thread = threading.Thread(target=silence, daemon=True)
+    thread.start()
+    try:
+        manifest = pretrain(settings)
+    finally:
+        for pid in stopped:
+            if psutil.pid_exists(pid):
+                os.kill(pid, signal.SIGKILL)
+    assert stopped
+    assert manifest.metrics["step"] == 600
+    assert len(losses(run)) == 600
