@@ -14,7 +14,9 @@ from raylm.progress import Progress
 from raylm.settings import FinetuneSettings, PretrainSettings
 from raylm.storage import StoragePath
 from raylm.training.control import Attention, Follower, Relay, stopping
-from raylm.training.loop import TrainingJob, step_sequences, train_worker
+from raylm.training.examples import step_sequences
+from raylm.training.job import TrainingJob
+from raylm.training.loop import train_worker
 from raylm.training.streaming import TokenStream, dataset_from_checkpoint
 
 if TYPE_CHECKING:

@@ -30,6 +30,7 @@ MEANINGS = {
     "real_tokens_per_s": "source and target tokens per second of training, without padding, all workers",
     "mfu": "model FLOPs utilisation: share of the measured matmul peak of all workers",
     "step_s": "seconds per step of training",
+    "skipped": "micro-batches left out as spikes since the last line",
     "data_wait": "share of the time of training spent waiting for data",
     "checkpoint_stall": "share of the wall time for which training stood still for checkpoints",
     "checkpoint_s": "seconds for which training stood still for checkpoints since the last line",
@@ -61,6 +62,7 @@ class Window:
     def __init__(self, device: torch.device | None = None, peak: float | None = None) -> None:
         self._device, self._peak = device, peak
         self._steps, self._loss_sum, self._target_tokens, self._padded_tokens = 0, 0.0, 0, 0
+        self._skipped = 0
         self._real_tokens: int | None = None
         self._flops: float | None = None
         self._start = time.monotonic()
@@ -68,8 +70,6 @@ class Window:
         self.validation_s = 0.0
         self.checkpoint_s = 0.0
         """Seconds for which training stood still; what a checkpoint does beside training is not among them."""
-        self.paused_s = 0.0
-        """Seconds of anything else that is not training, so not in the speed."""
 
     def add(
         self,
@@ -78,13 +78,16 @@ class Window:
         padded_tokens: int,
         real_tokens: int | None = None,
         flops: float | None = None,
+        skipped: int = 0,
     ) -> None:
         """Count a step of all workers.
 
         :param loss_sum: nats, over the target tokens.
         :param padded_tokens: positions computed; `real_tokens` are those that hold text, where that is known.
         :param flops: of the model, see `ModelFlops`.
+        :param skipped: micro-batches left out as spikes.
         """
+        self._skipped += skipped
         self._steps += 1
         self._loss_sum += loss_sum
         self._target_tokens += target_tokens
@@ -97,7 +100,7 @@ class Window:
     def metrics(self) -> dict[str, float]:
         """The row's values, see `MEANINGS`; what was not told is left out."""
         wall = max(time.monotonic() - self._start, 1e-9)
-        seconds = max(wall - self.validation_s - self.checkpoint_s - self.paused_s, 1e-9)
+        seconds = max(wall - self.validation_s - self.checkpoint_s, 1e-9)
         measured = {
             "loss": self._loss_sum / max(self._target_tokens, 1),
             "tokens_per_s": round(self._padded_tokens / seconds, 1),
@@ -107,6 +110,8 @@ class Window:
             "checkpoint_s": round(self.checkpoint_s, 3),
             "validation_s": round(self.validation_s, 3),
         }
+        if self._skipped:
+            measured["skipped"] = self._skipped
         if self._real_tokens is not None:
             measured["real_tokens_per_s"] = round(self._real_tokens / seconds, 1)
         if self._flops is not None and self._peak:

@@ -16,7 +16,7 @@ from raylm.storage import Manifest, Stopwatch, StoragePath, fingerprint
 from raylm.tasks import CLASSIFY
 from raylm.training import checkpoint as checkpoints
 from raylm.training.groups import choose_width, train_in_groups
-from raylm.training.loop import TrainingJob
+from raylm.training.job import TrainingJob
 from raylm.training.objectives import label_names, objective_for
 from raylm.training.streaming import PLACE, RECORD, TokenStream
 from raylm.training.telemetry import read_metrics

@@ -14,7 +14,7 @@ from raylm.errors import TrainingError
 from raylm.settings import PretrainSettings, Settings
 from raylm.storage import StoragePath
 from raylm.training import checkpoint as checkpoints
-from raylm.training.loop import TrainingJob
+from raylm.training.job import TrainingJob
 from raylm.training.trainer import pretrain, run_directory
 from tests.training.test_training import changed, losses
 

@@ -20,19 +20,8 @@ from raylm.cli import main
 from raylm.errors import SettingsError, TrainingError
 from raylm.settings import ModelSettings, PretrainSettings, Settings
 from raylm.storage import Manifest, StoragePath
-from raylm.training.estimate import (
-    BUCKET,
-    LIVE,
-    BatchShape,
-    Estimate,
-    Memory,
-    dry_run,
-    estimate_table,
-    kept_bytes,
-    loss_bytes,
-    memory,
-    tokenizer_of_size,
-)
+from raylm.training.estimate import Estimate, dry_run, estimate_table, tokenizer_of_size
+from raylm.training.memory import BUCKET, LIVE, BatchShape, Memory, kept_bytes, loss_bytes, memory
 from raylm.training.objectives import MicroBatch, SelfSupervision
 
 
@@ -55,7 +44,7 @@ def build(model: ModelSettings, vocab_size: int) -> tuple[Any, Any, str]:
 
 def micro_batch(config: Any, tokenizer: Any, objective: str, sequences: int, length: int) -> MicroBatch:
     """What pretraining reads, of random tokens: packed sequences of two documents, the last of them one token short."""
-    from raylm.training.loop import vocabulary_of
+    from raylm.training.examples import vocabulary_of
 
     vocabulary = vocabulary_of(config, tokenizer)
     rows = np.random.default_rng(1).integers(vocabulary.first_plain, vocabulary.pad, (sequences, length))
@@ -159,7 +148,8 @@ def test_deepspeed_has_the_sizes_that_the_formulas_use() -> None:
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_batches_are_those_that_training_reads(small_settings: Settings, corpus: StoragePath, stage: str) -> None:
     from raylm import models
-    from raylm.training.loop import TrainingJob, open_split
+    from raylm.training.examples import open_split
+    from raylm.training.job import TrainingJob
 
     settings = changed(small_settings, **{stage: {"workers": 2, "micro_batch_tokens": 300, "warmup_steps": 5}})
     estimate = dry_run(settings, stage)  # type: ignore[arg-type]
@@ -336,7 +326,6 @@ def test_too_little_memory_and_disk_are_notes(tmp_path: Path) -> None:
         ("pretrain", ["pretrain.global_batch_tokens=100"], ["pretrain.global_batch_tokens is 100", "128 tokens"]),
         ("pretrain", ["pretrain.micro_batch_tokens=100"], ["pretrain.micro_batch_tokens is 100", "128 tokens"]),
         ("finetune", ["finetune.micro_batch_tokens=100"], ["finetune.micro_batch_tokens is 100", "384 tokens"]),
-        ("pretrain", ["pretrain.steps=40"], ["pretrain.warmup_steps is 50", "pretrain.steps, 40"]),
         ("pretrain", ["corpus.sequence_length=1024"], ["corpus.sequence_length", "1,032 positions", "1,024"]),
         ("finetune", ["finetune.max_source_tokens=2000"], ["finetune.max_source_tokens", "2,000", "1,024"]),
         ("finetune", ["finetune.max_target_tokens=2000"], ["finetune.max_target_tokens", "2,000", "1,024"]),
@@ -410,9 +399,9 @@ def measure(
     import torch.distributed as dist
 
     from raylm import models
-    from raylm.training.estimate import checkpoint_bytes
     from raylm.training.guard import SpikeGuard
-    from raylm.training.loop import train_step
+    from raylm.training.memory import checkpoint_bytes
+    from raylm.training.steps import train_step
     from raylm.training.throughput import peak_memory_gb
     from raylm.training.zero import born_sharded, build_engine, deepspeed_config, prepare_backend
 
@@ -492,10 +481,11 @@ INVOLVED = [("llama", "small", [(4, 512)], 2, False), ("llama", "small", [(32, 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(
-    ("family", "size", "lengths", "accumulate", "recomputes", "allocator"),
-    [(*case, "exact") for case in PLAIN + INVOLVED] + [(*case, "glibc") for case in PLAIN],
+    ("family", "size", "lengths", "accumulate", "recomputes", "allocator", "zero_stage"),
+    # With glibc, how much freed memory a process under ZeRO-3 keeps is another number in every run.
+    [(*case, "exact", stage) for case in PLAIN + INVOLVED for stage in (0, 1, 2, 3)]
+    + [(*case, "glibc", stage) for case in PLAIN for stage in (0, 1, 2)],
 )
 def test_the_peak_is_what_a_process_really_takes(
     tmp_path: Path,

@@ -9,46 +9,56 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 
 from raylm.settings import Settings
 from raylm.storage import Manifest, StoragePath
 from raylm.training import checkpoint as checkpoints
+from raylm.training.telemetry import read_metrics
 
 
-def test_ctrl_c_keeps_the_checkpoints_and_the_same_command_goes_on(small_settings: Settings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_training_saves_first_and_the_same_command_goes_on(
+    small_settings: Settings, tmp_path: Path, number: signal.Signals
+) -> None:
     values = small_settings.model_dump(mode="json") | {"storage": str(tmp_path / "storage")}
-    values["pretrain"] |= {"steps": 100_000, "checkpoint_every": 5, "workers": 1}
+    # No checkpoint is due: there is one because the training was stopped.
+    values["pretrain"] |= {"steps": 100_000, "checkpoint_every": 100_000, "validate_every": 100_000, "workers": 1}
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text(yaml.safe_dump({"cluster_name": "x", "metadata": {"raylm": values}}))
     command = [sys.executable, "-m", "raylm", "pretrain", "--cluster", str(cluster)]
     environment = os.environ | {"RAY_ADDRESS": "local"}
     run = StoragePath(str(tmp_path / "storage/runs/pretrain"))
+    said = tmp_path / "log"
 
-    with (tmp_path / "log").open("wb") as log:
+    with said.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         try:
             deadline = time.monotonic() + 180
-            while not checkpoints.checkpoints(run):
-                assert process.poll() is None, (tmp_path / "log").read_text()
-                assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            while "tokens/s  loss" not in said.read_text():
+                assert process.poll() is None, said.read_text()
+                assert time.monotonic() < deadline, said.read_text()
                 time.sleep(0.5)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=60) == 130
+            process.send_signal(number)
+            assert process.wait(timeout=60) == 130, said.read_text()
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-    said = (tmp_path / "log").read_text()
-    assert "the same command continues" in said
-    assert "Traceback" not in said
+    assert "stopping: a checkpoint is written after this step" in said.read_text()
+    assert "the same command continues" in said.read_text()
+    assert "Traceback" not in said.read_text()
     assert Manifest.read(run) is None
 
-    reached = checkpoints.checkpoints(run)[-1].step
+    [checkpoint] = checkpoints.checkpoints(run)
+    assert checkpoint.fault() is None
+    assert len(read_metrics(run)) == checkpoint.step
     found = subprocess.run(
-        [*command, "--set", f"pretrain.steps={reached + 3}"],
+        [*command, "--set", f"pretrain.steps={checkpoint.step + 3}"],
         capture_output=True, text=True, env=environment, timeout=180, check=False,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     manifest = Manifest.read(run)
     assert manifest is not None
-    assert manifest.metrics["step"] == reached + 3
+    assert manifest.metrics["step"] == checkpoint.step + 3
+    assert [row["step"] for row in read_metrics(run) if "loss" in row] == list(range(1, checkpoint.step + 4))

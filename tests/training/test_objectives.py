@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from raylm.errors import ArtifactError, SettingsError
 from raylm.storage import StoragePath
 from raylm.training.batches import GlobalBatch, Shards, TokenLists
-from raylm.training.loop import token_loss
 from raylm.training.objectives import (
     IGNORE,
     LabelledTexts,
@@ -35,6 +34,7 @@ from raylm.training.objectives import (
     seq2seq_batch,
     span_mask,
 )
+from raylm.training.steps import token_loss
 
 VOCABULARY = Vocabulary(
     size=100, pad=99, end=2, mask=3, decoder_start=99, sentinels=tuple(range(4, 20)), first_plain=20

@@ -12,7 +12,7 @@ from raylm.errors import ArtifactError, TrainingError
 from raylm.settings import Settings
 from raylm.storage import Manifest, StoragePath
 from raylm.training import checkpoint as checkpoints
-from raylm.training.loop import TrainingJob
+from raylm.training.job import TrainingJob
 from raylm.training.telemetry import read_metrics
 from raylm.training.trainer import finetune, load_trained, pretrain, run_directory
 

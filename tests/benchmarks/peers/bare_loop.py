@@ -19,7 +19,8 @@ from torch import nn
 
 from raylm import models
 from raylm.settings import FinetuneSettings, PretrainSettings
-from raylm.training.loop import TrainingJob, open_split
+from raylm.training.examples import open_split
+from raylm.training.job import TrainingJob
 from raylm.training.zero import build_engine, deepspeed_config, parameter_groups, prepare_backend
 
 IGNORE = -100

@@ -1,0 +1,165 @@
+"""From the prepared corpus, or a stream, to the micro-batches of each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from raylm.errors import ArtifactError
+from raylm.settings import FinetuneSettings, PretrainSettings
+from raylm.storage import Manifest, StoragePath
+from raylm.tasks import CLASSIFY
+from raylm.training.batches import BucketedOrder, GlobalBatch, PackedOrder, Shards, TokenLists
+from raylm.training.job import TrainingJob
+from raylm.training.objectives import (
+    LabelledTexts,
+    MicroBatch,
+    PackedDocuments,
+    Pairs,
+    SelfSupervision,
+    Vocabulary,
+    label_numbers,
+    objective_for,
+    pair_weights,
+)
+from raylm.training.streaming import StreamedBatches
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+
+class Batches(Protocol):
+    """Where the examples of each step come from."""
+
+    def micro_batches(self, step: int, rank: int, world_size: int, count: int) -> list[MicroBatch]: ...
+
+    def position(self, device: torch.device) -> dict[str, int]:
+        """What a checkpoint has to note besides its step, for a run to continue. A collective of all workers."""
+        ...
+
+
+class Order(Protocol):
+    def batch(self, step: int) -> GlobalBatch: ...
+
+
+class Source(Protocol):
+    def micro_batch(self, batch: GlobalBatch) -> MicroBatch: ...
+
+
+@dataclass(frozen=True)
+class Split:
+    """A global order and what makes tensors of it."""
+
+    order: Order
+    source: Source
+
+    def micro_batches(self, step: int, rank: int, world_size: int, count: int) -> list[MicroBatch]:
+        """A rank's share of a global batch.
+
+        Where there are fewer examples than places, a place gets an example without labels: each forward and
+        backward pass is a collective that every rank has to join.
+        """
+        batch = self.order.batch(step)
+        parts = batch.slice(rank, world_size, count)
+        spare = GlobalBatch(batch.indices[-1:], batch.epochs[-1:])
+        return [
+            self.source.micro_batch(part) if len(part.indices) else self.source.micro_batch(spare).unlabelled()
+            for part in parts
+        ]
+
+    def position(self, device: torch.device) -> dict[str, int]:
+        """Nothing: the number of the step says which batch comes next."""
+        return {}
+
+
+def open_training(
+    job: TrainingJob, world_size: int, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast
+) -> Batches:
+    """The training batches: of the prepared corpus, or of the stream that Ray Train hands to this worker."""
+    import ray.train
+
+    settings = job.settings
+    if isinstance(settings, FinetuneSettings) or not settings.stream:
+        return open_split(job, "train", config, tokenizer)
+    shard = ray.train.get_dataset_shard("train")
+    sequences = max(step_sequences(settings.global_batch_tokens, StoragePath(job.tokens)) // world_size, 1)
+    return StreamedBatches(shard, _self_supervision(settings, config, tokenizer), sequences, settings.seed)
+
+
+def open_split(job: TrainingJob, split: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> Split:
+    """The global order over one split of the prepared corpus, as the objective reads it.
+
+    :raises ArtifactError: the split has no examples for it.
+    """
+    from raylm import models
+
+    settings, tokens = job.settings, StoragePath(job.tokens)
+    if isinstance(settings, FinetuneSettings):
+        shape = models.architecture(config)
+        objective = objective_for(settings.objective, shape, settings.section)
+        shards = Shards(tokens / "pairs" / split)
+        sources, targets = TokenLists(shards, "source_ids"), TokenLists(shards, "target_ids")
+        limits = (settings.max_source_tokens, settings.max_target_tokens)
+        lengths = np.minimum(sources.lengths, limits[0]) + np.minimum(targets.lengths, limits[1])
+        tasks = shards.table["task"].to_numpy(zero_copy_only=False)
+        weights = pair_weights(tasks, settings.task_weights, objective)
+        if not weights.any():
+            raise ArtifactError(f"corpus {tokens}: pairs/{split} has nothing to learn '{objective}' from")
+        order: Order = BucketedOrder(lengths, weights, settings.global_batch_tokens, settings.seed)
+        vocabulary = vocabulary_of(config, tokenizer)
+        if objective == CLASSIFY.name:
+            labels = label_numbers(shards.table["target"], models.labels_of(config))
+            return Split(order, LabelledTexts(sources, labels, vocabulary, limits[0]))
+        return Split(order, Pairs(sources, targets, vocabulary, shape, *limits))
+    shards = Shards(tokens / "documents" / split)
+    source = PackedDocuments(
+        _self_supervision(settings, config, tokenizer),
+        TokenLists(shards, "input_ids"),
+        TokenLists(shards, "document_lengths"),
+        settings.seed,
+    )
+    return Split(PackedOrder(len(shards), step_sequences(settings.global_batch_tokens, tokens), settings.seed), source)
+
+
+def step_sequences(global_batch_tokens: int, tokens: StoragePath) -> int:
+    """How many packed sequences make up a step.
+
+    :param tokens: the prepared corpus' directory.
+    """
+    corpus = Manifest.read(tokens)
+    length = corpus.settings["corpus"]["sequence_length"] if corpus else 1
+    return max(global_batch_tokens // int(length), 1)
+
+
+def _self_supervision(
+    settings: PretrainSettings, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast
+) -> SelfSupervision:
+    from raylm import models
+
+    return SelfSupervision(
+        objective_for(settings.objective, models.architecture(config)),
+        vocabulary_of(config, tokenizer),
+        settings.noise_density,
+        settings.mean_span_tokens,
+        settings.denoise_target,
+    )
+
+
+def vocabulary_of(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
+    """The ids that objectives use, from a tokenizer."""
+    added = tokenizer.get_added_vocab()
+    sentinels = sorted(
+        (token for token in added if token.startswith("<extra_id_")), key=lambda t: int(t[10:].rstrip(">"))
+    )
+    return Vocabulary(
+        size=len(tokenizer),
+        pad=tokenizer.pad_token_id,
+        end=tokenizer.eos_token_id,
+        mask=tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.unk_token_id,
+        decoder_start=getattr(config, "decoder_start_token_id", None) or tokenizer.pad_token_id,
+        sentinels=tuple(added[token] for token in sentinels),
+        first_plain=max((i for i in added.values() if i != tokenizer.pad_token_id), default=-1) + 1,
+    )

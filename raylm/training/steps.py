@@ -1,0 +1,130 @@
+"""One optimizer step over a global batch, its loss, and validation; each a collective of all workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raylm.training.examples import Split
+from raylm.training.guard import SpikeGuard
+from raylm.training.objectives import IGNORE, MicroBatch
+from raylm.training.throughput import ModelFlops
+
+if TYPE_CHECKING:
+    import torch
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of the whole global batch."""
+
+    loss_sum: float
+    """In nats, over the target tokens of the micro-batches that were not left out."""
+    target_tokens: int
+    """Of these."""
+    padded_tokens: int
+    real_tokens: int
+    flops: int | None
+    """Of the model, forward and backward; None where nobody knows."""
+    skipped: int
+    """Micro-batches that were left out as spikes."""
+    votes: tuple[int, ...]
+    """For each question, how many ranks said yes."""
+
+
+def train_step(
+    engine: DeepSpeedEngine,
+    batch: list[MicroBatch],
+    rate: float,
+    label_smoothing: float,
+    device: torch.device,
+    guard: SpikeGuard,
+    votes: Sequence[bool] = (),
+    flops: ModelFlops | None = None,
+) -> StepResult:
+    """One optimizer step over this rank's part of a global batch.
+
+    The loss is the sum over the global batch's target tokens divided by their number, whatever rank and
+    micro-batch they fell to: so its gradient does not depend on how the batch was dealt out.
+
+    :param votes: this rank's answers to questions that all ranks have to agree on.
+    :raises TrainingError: training has diverged.
+    """
+    import torch
+    import torch.distributed as dist
+
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    targets = [micro_batch.target_tokens for micro_batch in batch]
+    padded = sum(micro_batch.padded_tokens for micro_batch in batch)
+    real = sum(micro_batch.real_tokens for micro_batch in batch)
+    cost = sum(flops.of_inputs(micro_batch.inputs) for micro_batch in batch) if flops else 0
+    counted = [*targets, padded, real, cost, *map(int, votes)]
+    counts = torch.tensor(counted, dtype=torch.float64).to(device)
+    dist.all_reduce(counts)
+    whole = [int(count) for count in counts.tolist()]
+    targets, (padded, real, cost, *said) = whole[: len(batch)], whole[len(batch) :]
+    # DeepSpeed divides by the micro-batches and averages over the ranks; both are undone here.
+    scale = len(batch) * dist.get_world_size() / max(sum(targets), 1)
+    losses = torch.zeros(len(batch), dtype=torch.float64, device=device)
+    skipped = []
+    for number, micro_batch in enumerate(batch):
+        loss = token_loss(engine, micro_batch, label_smoothing, device)
+        losses[number] = loss.detach()
+        if guard.sigma is not None:
+            dist.all_reduce(losses[number])
+            if guard.is_spike(float(losses[number]) / max(targets[number], 1)):
+                skipped.append(number)
+        engine.backward(loss * (0.0 if number in skipped else scale))
+        engine.step()
+    if guard.sigma is None:
+        dist.all_reduce(losses)
+        guard.is_spike(float(losses.sum()) / max(sum(targets), 1))
+    losses[skipped] = 0.0
+    trained = sum(count for number, count in enumerate(targets) if number not in skipped)
+    return StepResult(float(losses.sum()), trained, padded, real, cost if flops else None, len(skipped), tuple(said))
+
+
+def token_loss(engine: Any, micro_batch: MicroBatch, label_smoothing: float, device: torch.device) -> torch.Tensor:
+    """Cross entropy in nats, summed over the target tokens, or labelled texts, of a micro-batch."""
+    import torch
+
+    inputs, labels = micro_batch.tensors(device)
+    logits = engine(**inputs).logits  # (B, T, V), or of a classifier (B, labels)
+    config = getattr(engine, "module", engine).config
+    pad, end = config.pad_token_id, config.eos_token_id
+    if labels.dim() > 1 and pad == logits.size(-1) - 1 and pad not in (end if isinstance(end, list) else [end]):
+        # Padding is no answer. Leaving it out keeps its tied embedding at zero, the start that Marian decodes from.
+        logits = logits[..., :-1]
+    return torch.nn.functional.cross_entropy(
+        logits.reshape(-1, logits.size(-1)).float(),
+        labels.reshape(-1),
+        ignore_index=IGNORE,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
+
+
+def validate(
+    engine: DeepSpeedEngine,
+    split: Split,
+    batches: int,
+    place: tuple[int, int, int],
+    device: torch.device,
+) -> float:
+    """Mean cross entropy, in nats per target token, over the first global batches of a split."""
+    import torch
+    import torch.distributed as dist
+
+    engine.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        for step in range(batches):
+            for micro_batch in split.micro_batches(step, *place):
+                loss = token_loss(engine, micro_batch, 0.0, device)
+                totals += torch.tensor([float(loss), micro_batch.target_tokens], dtype=torch.float64).to(device)
+    engine.train()
+    dist.all_reduce(totals)
+    return float(totals[0] / totals[1].clamp(min=1))
