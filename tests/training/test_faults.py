@@ -21,7 +21,7 @@ from raylm.training.trainer import pretrain, run_directory
 from tests.conftest import REPOSITORY
 from tests.training.test_training import changed, losses
 
-STEPS = 4_000
+STEPS = 2_500
 
 
 def disturbed(settings: Settings, name: str, **values: object) -> Settings:
@@ -61,16 +61,16 @@ def test_machines_go_and_come_and_no_step_is_lost(
 
     run = run_directory(settings, "elastic")
     assert len(losses(run)) == STEPS
-    whole = disturbed(small_settings, "whole", workers=2, steps=STEPS, checkpoint_every=STEPS)
+    whole = disturbed(small_settings, "whole", workers=2, steps=600, checkpoint_every=600)
     pretrain(whole)
-    assert losses(run)[:1_000] == pytest.approx(losses(run_directory(whole, "whole"))[:1_000], abs=1e-4)
+    assert losses(run)[:600] == pytest.approx(losses(run_directory(whole, "whole")), abs=1e-4)
 
 
 def test_a_worker_that_does_not_answer_is_given_up(
     small_settings: Settings, corpus: StoragePath, tmp_path: Path
 ) -> None:
     settings = disturbed(
-        small_settings, "silent", workers=2, steps=600, checkpoint_every=100, collective_timeout_s=15, max_failures=2
+        small_settings, "silent", workers=2, steps=300, checkpoint_every=50, collective_timeout_s=15, max_failures=2
     )
     run = run_directory(settings, "silent")
     stopped: list[int] = []
@@ -92,5 +92,5 @@ def test_a_worker_that_does_not_answer_is_given_up(
             if psutil.pid_exists(pid):
                 os.kill(pid, signal.SIGKILL)
     assert stopped
-    assert manifest.metrics["step"] == 600
-    assert len(losses(run)) == 600
+    assert manifest.metrics["step"] == 300
+    assert len(losses(run)) == 300
