@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from raylm import models
 from raylm.errors import ArtifactError, TrainingError
@@ -157,7 +157,8 @@ def _run(
     tokens = prepared_corpus(settings)
     run = run_directory(settings, training.name)
     width = choose_width(training, cpus_for_data=1 if stream else 0)
-    _claim(run, settings, training, tokens, parent, stream)
+    fixed = _fixed(settings, training, tokens, parent, stream)
+    _check_same(run, fixed, tokens, parent)
     earlier = Manifest.read(run)
     if earlier and (earlier.metrics["step"] >= training.steps or earlier.metrics.get("stopped_early")):
         early = " and stopped early" if earlier.metrics.get("stopped_early") else ""
@@ -172,6 +173,7 @@ def _run(
         model=_publish_model_files(run, settings, training, tokens, start or str(tokens / "tokenizer")),
         start=start,
     )
+    (run / RUN_FILE).write_json(fixed)
     stopwatch = Stopwatch()
     with Progress(stage, training.steps, "steps") as progress:
         workers = train_in_groups(job, width, progress, stream)
@@ -203,34 +205,36 @@ def _run(
 
 
 def _trained_parameters(job: TrainingJob) -> int:
-    model = models.build_model(models.load_config(job.model), seed=0)
-    if isinstance(job.settings, FinetuneSettings) and job.settings.lora:
-        model = models.with_lora(model, job.settings.lora)
+    import torch
+
+    with torch.device("meta"):  # shapes alone
+        model = models.build_model(models.load_config(job.model), seed=0)
+        if isinstance(job.settings, FinetuneSettings) and job.settings.lora:
+            model = models.with_lora(model, job.settings.lora)
     return models.parameter_count(model)
 
 
-def _claim(
-    run: StoragePath,
+def _fixed(
     settings: Settings,
     training: PretrainSettings | FinetuneSettings,
     tokens: StoragePath,
     parent: StoragePath | None,
     stream: TokenStream | None,
-) -> None:
-    """Note what the run is started with, or hold it against what it was started with before.
-
-    :raises TrainingError: the run exists and was something else.
-    """
+) -> dict[str, Any]:
+    """What may not change between two starts of one run."""
     corpus = Manifest.read(tokens)
-    fixed = {
+    return {
         "model": settings.model.model_dump(mode="json", exclude={"name"}),
         "training": training.model_dump(mode="json", exclude=_FREE),
         "corpus": fingerprint([corpus.outputs, *([stream.key] if stream else [])]) if corpus else None,
         "start": fingerprint(checkpoints.best(parent).manifest.outputs) if parent else None,
     }
+
+
+def _check_same(run: StoragePath, fixed: dict[str, Any], tokens: StoragePath, parent: StoragePath | None) -> None:
+    """:raises TrainingError: the run exists and was something else."""
     file = run / RUN_FILE
     if not file.is_file():
-        file.write_json(fixed)
         return
     before = file.read_json()
     for key, what in (

@@ -278,7 +278,7 @@ def test_an_encoder_decoder_has_no_labels_to_give(labelled_settings: Settings) -
     settings = changed(
         labelled_settings,
         model={"family": "marian", "config": sizes},
-        finetune={"name": "misfit", "start": "scratch", "objective": "classify"},
+        finetune={"name": "unlabelled", "start": "scratch", "objective": "classify"},
     )
     with pytest.raises(SettingsError, match="objective 'classify' does not fit an encoder-decoder; use 'seq2seq'"):
         finetune(settings)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from raylm.errors import ArtifactError, TrainingError
+from raylm.errors import ArtifactError, SettingsError, TrainingError
 from raylm.settings import Settings
 from raylm.storage import Manifest, StoragePath
 from raylm.training import checkpoint as checkpoints
@@ -148,8 +148,9 @@ def test_an_unfinished_checkpoint_is_invisible(small_settings: Settings, pretrai
 
 
 def test_an_objective_that_does_not_fit_the_model_is_refused(small_settings: Settings, corpus: StoragePath) -> None:
-    with pytest.raises(Exception, match="objective 'causal' does not fit an encoder-decoder"):
+    with pytest.raises(SettingsError, match="objective 'causal' does not fit an encoder-decoder"):
         pretrain(changed(small_settings, pretrain={"objective": "causal", "name": "misfit"}))
+    assert not run_directory(small_settings, "misfit").is_dir()  # so that the name is free for the right one
 
 
 def test_finetuning_wants_a_pretrained_run(small_settings: Settings, corpus: StoragePath) -> None:
