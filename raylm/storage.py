@@ -126,7 +126,11 @@ class StoragePath:
     def list(self, recursive: bool = False) -> list[tuple[StoragePath, fs.FileInfo]]:
         """The entries of this directory in the order of their paths; empty where there is no directory."""
         selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
-        infos = sorted(self.filesystem.get_file_info(selector), key=lambda info: info.path)
+        try:
+            found = self.filesystem.get_file_info(selector)
+        except FileNotFoundError:  # it was not there when Arrow listed it, and was when it looked why
+            found = self.filesystem.get_file_info(selector)
+        infos = sorted(found, key=lambda info: info.path)
         root = self.path.rstrip("/")
         return [(self / info.path[len(root) + 1 :], info) for info in infos]
 

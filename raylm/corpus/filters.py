@@ -25,11 +25,11 @@ from raylm.settings import FilterSettings
 # Scripts written without spaces: Thai, Lao, Myanmar, Khmer; kana, ideographs and their punctuation.
 _UNSPACED_SIGNS = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fff\u3001-\u31ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef"
-    "\U00020000-\U0003ffff"
+    "\U00020000-\U0003347f"
 )
 _UNSPACED = re.compile(f"[{_UNSPACED_SIGNS}]")
 _WORDS_AND_SIGNS = re.compile(f"[{_UNSPACED_SIGNS}]|[^\\s{_UNSPACED_SIGNS}]+")
-_WIDE = re.compile("[\u1100-\u11ff\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff\uff00-\uff60\U00020000-\U0003ffff]")
+_WIDE = re.compile("[\u1100-\u11ff\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff\uff00-\uff60\U00020000-\U0003347f]")
 
 _BULLETS = frozenset("*-+–—•·‣⁃▪▫■□●○◦・")  # before a space
 _ELLIPSES = ("...", "…", "。。。")

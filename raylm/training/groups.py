@@ -75,10 +75,12 @@ def choose_width(training: PretrainSettings | FinetuneSettings, cpus_for_data: i
 
 
 def _possible(width: Width) -> int:
-    """How many workers the living machines could hold, each as a whole."""
+    """How many workers the machines that stay could hold, each as a whole."""
     import ray
+    from ray._private.state import state
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    leaving = state.get_draining_nodes()  # as Ray Train asks itself: `ray.nodes()` does not tell
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
     held = sum(int(min(node.get(name, 0) // wanted for name, wanted in width.resources.items())) for node in nodes)
     return min(held, width.most)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -210,6 +210,7 @@ def test_any_text_is_judged(text: str) -> None:
 
 
 @given(st.text(max_size=100))
+@example("0" * 23 + "\U00020000\U00020000\U00033480")  # the last one is not assigned
 def test_width_is_what_too_short_means(text: str) -> None:
     assert (reject_document(text, FilterSettings(min_chars=30)) == "too_short") == (width(text) < 30)
 

@@ -178,9 +178,18 @@ def run(*arguments: str) -> Result:
 
 
 @pytest.fixture
-def cluster_file(small_settings: Settings, tmp_path: Path) -> str:
+def alone(small_settings: Settings, corpus: StoragePath, tmp_path: Path) -> Settings:
+    """Settings with a storage that has the corpus, and no run that would tell a speed."""
+    storage = tmp_path / "storage"
+    storage.mkdir()
+    (storage / "tokens").symlink_to(corpus.parent.local())
+    return small_settings.model_copy(update={"storage": str(storage)})
+
+
+@pytest.fixture
+def cluster_file(alone: Settings, tmp_path: Path) -> str:
     file = tmp_path / "cluster.yaml"
-    file.write_text(json.dumps({"metadata": {"raylm": small_settings.model_dump(mode="json")}}))
+    file.write_text(json.dumps({"metadata": {"raylm": alone.model_dump(mode="json")}}))
     return str(file)
 
 
@@ -225,10 +234,10 @@ def test_a_dry_run_takes_seconds_and_starts_nothing(cluster_file: str, corpus: S
     assert found.stderr == ""
 
 
-def test_an_earlier_run_of_the_same_model_tells_the_time(small_settings: Settings, corpus: StoragePath) -> None:
+def test_an_earlier_run_of_the_same_model_tells_the_time(alone: Settings, corpus: StoragePath) -> None:
     from raylm import models
 
-    settings = changed(small_settings, pretrain={"warmup_steps": 5, "workers": 1, "name": "next"})
+    settings = changed(alone, pretrain={"warmup_steps": 5, "workers": 1, "name": "next"})
     assert dry_run(settings, "pretrain").time is None
     run_directory = StoragePath(settings.storage) / "runs" / "timed"
     config = models.build_config(settings.model, models.load_tokenizer(str(corpus / "tokenizer")))
