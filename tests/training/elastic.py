@@ -27,7 +27,7 @@ from raylm.training import groups
 from raylm.training.control import Follower
 from raylm.training.trainer import pretrain
 
-groups._GROW_AFTER_S = 2.0
+groups._GROW_AFTER_S = 8.0
 
 
 class Seen:

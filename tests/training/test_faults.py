@@ -21,7 +21,7 @@ from raylm.training.trainer import pretrain, run_directory
 from tests.conftest import REPOSITORY
 from tests.training.test_training import changed, losses
 
-STEPS = 2_500
+STEPS = 4_000
 
 
 def disturbed(settings: Settings, name: str, **values: object) -> Settings:
@@ -49,10 +49,13 @@ def test_machines_go_and_come_and_no_step_is_lost(
     assert found.returncode == 0, found.stderr[-3_000:]
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["step"] == STEPS
-    assert [start["world_size"] for start in result["starts"]] == [2, 1, 2, 2]
+    sizes = [start["world_size"] for start in result["starts"]]
+    # A dead machine may be taken for one with room until Ray notices: a pause more, which costs no step.
+    assert (sizes[:2], set(sizes[2:-2]) - {1}, sizes[-2:]) == ([2, 1], set(), [2, 2])
     pauses = [note for note in result["notes"] if "training pauses" in note]
     assert "(preempted)" in pauses[0]
-    assert "(requested)" in pauses[1]
+    assert all("(requested)" in pause for pause in pauses[1:])
+    assert len(pauses) == len(sizes) - 2
     # Each group begins at the very step where the one before it paused; the killed one's lost its interval at most.
     for pause, start in zip(pauses, result["starts"][1:], strict=False):
         assert pause.startswith(f"step {start['step']}:")
