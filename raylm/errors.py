@@ -25,6 +25,11 @@ class TrainingError(RaylmError):
     """Training cannot start or go on: too few workers, a diverged loss, a failed worker group."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says, for a message of ours; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def to_plain(error: RaylmError) -> dict[str, str]:
     """An error as plain data: what Ray carries between processes wraps errors beyond recognition."""
     return {"failure": type(error).__name__, "reason": str(error)}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from raylm.errors import ArtifactError, SettingsError
+from raylm.errors import ArtifactError, SettingsError, first_line
 from raylm.settings import ModelSettings
 from raylm.settings.training import LoraSettings
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 Architecture = Literal["encoder-decoder", "decoder", "encoder"]
@@ -192,6 +194,15 @@ def build_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     return _with_fixed_positions(model)
 
 
+def build_shapes(config: PretrainedConfig, lora: LoraSettings | None = None) -> PreTrainedModel:
+    """A model with the shapes of its parameters and without their values, on torch's meta device."""
+    import torch
+
+    with torch.device("meta"):
+        model = build_model(config, seed=0)
+        return with_lora(model, lora) if lora else model
+
+
 def load_config(path: str) -> PretrainedConfig:
     """The config of a model.
 
@@ -311,11 +322,15 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
     return _with_fixed_positions(plain)
 
 
+def whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter, also where ZeRO-3 has left this worker a part of it, which is flat."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def parameter_count(model: PreTrainedModel) -> int:
     """Trainable values, tied weights counted once, ZeRO-3's parted ones whole."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    return sum(math.prod(whole_shape(p)) for p in model.parameters() if p.requires_grad)
 
 
 def _not_a_model(path: str, error: Exception) -> str:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"model {path}: cannot be loaded by transformers: {first_line}"
+    return f"model {path}: cannot be loaded by transformers: {first_line(error)}"

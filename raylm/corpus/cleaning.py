@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 
 from raylm.corpus.plan import Plan
 from raylm.corpus.reading import read_unit
+from raylm.corpus.records import Rejected
 from raylm.corpus.rows import Cleaned, Dropped, cleaned_records, cleaned_table
+from raylm.corpus.sources import Unit
 from raylm.corpus.steps import BATCH_ROWS, Result, run_step, write_table
 from raylm.errors import InputError
 from raylm.storage import StoragePath
@@ -73,8 +75,7 @@ def _clean_unit(plan: Plan, number: int) -> Result:
             if plan.corpus.keep_dropped:
                 dropped.append(outcome)
         else:
-            row = asdict(outcome)
-            rejected.append(row | {"file": outcome.file or unit.origin})
+            rejected.append(rejected_row(outcome, unit))
     if rows:
         samples["kept"] = [excerpt(row.source, row.target) for row in rows[:_SAMPLES]]
         runs.append(_write_run(place / f"{name}-{len(runs)}.arrow", rows))
@@ -96,6 +97,11 @@ def _write_run(file: StoragePath, rows: list[Cleaned]) -> Result:
         "bytes": sum(pc.sum(pc.binary_length(table[name])).as_py() or 0 for name in ("source", "target")),
         "starts": [int.from_bytes(rows[start].hash[:8], "big") for start in range(0, len(rows), BATCH_ROWS)],
     }
+
+
+def rejected_row(row: Rejected, unit: Unit) -> dict[str, Any]:
+    """A row of a unit that could not be read, with the file that it is from."""
+    return asdict(row) | {"file": row.file or unit.origin}
 
 
 def check_rejected(limit: float | int, read: int, rejected: int, rows: list[dict[str, Any]]) -> None:

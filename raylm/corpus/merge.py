@@ -51,7 +51,7 @@ def merge(plan: Plan, cleaned: list[Result]) -> list[Result]:
     runs = [(number, run) for number, result in enumerate(cleaned) for run in result["runs"]]
     parts = max(math.ceil(sum(run["bytes"] for _, run in runs) / (plan.corpus.shard_mb * 1e6)), 1)
     evaluation = place / _EVALUATION
-    if not evaluation.is_file():
+    if plan.corpus.decontaminate.against and not evaluation.is_file():
         write_table(evaluation, pa.table({"hash": evaluation_ngrams(plan.corpus.decontaminate)}))
     return run_step(place, "prepare: merge", part_names(parts), lambda part: _merge_part(plan, runs, part, parts))
 
@@ -78,9 +78,11 @@ def _merge_part(plan: Plan, runs: Sequence[tuple[int, Result]], part: int, parts
         is_first[1:] = pc.not_equal(hashes[1:], hashes[:-1]).to_numpy(zero_copy_only=False)
     kept = table.filter(pa.array(is_first))
     clusters = _largest_groups(table, np.flatnonzero(is_first))
-    forbidden = read_table(plan.place("merge") / _EVALUATION)["hash"].to_numpy()
-    is_forbidden = contaminated(kept, forbidden, plan.corpus.decontaminate.ngram_words)
-    is_forbidden &= pc.equal(kept["decided"], "train").to_numpy(zero_copy_only=False)
+    is_forbidden = np.zeros(len(kept), bool)
+    if plan.corpus.decontaminate.against:
+        forbidden = read_table(plan.place("merge") / _EVALUATION)["hash"].to_numpy()
+        is_trained = pc.equal(kept["decided"], "train").to_numpy(zero_copy_only=False)
+        is_forbidden = contaminated(kept, forbidden, plan.corpus.decontaminate.ngram_words) & is_trained
     if plan.corpus.keep_dropped:
         dropped = dropped_rows(table.filter(pa.array(~is_first)), "duplicate")
         dropped += dropped_rows(kept.filter(pa.array(is_forbidden)), "contaminated")

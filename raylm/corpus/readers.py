@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from raylm.corpus.records import Rejected
-from raylm.errors import InputError
+from raylm.errors import InputError, first_line
 from raylm.storage import StoragePath
 
 CODECS = {".gz": "gzip", ".zst": "zstd"}
@@ -59,8 +59,7 @@ def damage_named(file: StoragePath, what: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{file}: not readable as {what}: {reason}") from error
+        raise InputError(f"{file}: not readable as {what}: {first_line(error)}") from error
 
 
 def opened(file: StoragePath) -> io.BufferedReader:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from raylm.corpus import mixture
-from raylm.corpus.cleaning import check_rejected
+from raylm.corpus.cleaning import check_rejected, rejected_row
 from raylm.corpus.merge import contaminated, evaluation_ngrams, splits_of
 from raylm.corpus.pack import pack, token_type
 from raylm.corpus.plan import Plan, plan_stream
@@ -157,7 +157,7 @@ class Stream:
                     if outcome.kind == DOCUMENT:
                         rows.append(outcome)
                 elif not isinstance(outcome, Dropped):
-                    rejected.append(asdict(outcome) | {"file": outcome.file or unit.origin})
+                    rejected.append(rejected_row(outcome, unit))
             # Of a source that is not taken a whole number of times, each pass takes another part.
             round_ = np.uint64(place // self.places_per_pass << 16 | again)
             hashes = np.array([row.split_hash for row in rows], np.uint64) ^ (round_ << np.uint64(32))

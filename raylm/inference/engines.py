@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from raylm.errors import ArtifactError
+from raylm.errors import ArtifactError, first_line
 from raylm.inference.convert import converted_model
 from raylm.inference.model import ModelInfo
 from raylm.sentences import split_text
@@ -165,8 +165,7 @@ class Engine:
             )
         except (RuntimeError, ValueError, MemoryError) as error:
             if len(batch) == 1:
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                return [Output(None, f"engine: {reason}", source_tokens=len(batch[0].tokens))]
+                return [Output(None, f"engine: {first_line(error)}", source_tokens=len(batch[0].tokens))]
             middle = len(batch) // 2
             return self._run(batch[:middle]) + self._run(batch[middle:])
         hypotheses = [result.hypotheses[0] for result in results]

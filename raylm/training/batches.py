@@ -23,6 +23,7 @@ from raylm.storage import StoragePath, fingerprint
 Indices = NDArray[np.int64]
 
 _FEISTEL_ROUNDS = 4
+_WIDTH_MULTIPLE = 8
 _POOL_EXAMPLES = 8_192
 """Pairs are sorted by length within pools of this many, so that batches hold equal lengths in random order."""
 
@@ -201,12 +202,17 @@ def micro_batches_for(global_batch_tokens: int, micro_batch_tokens: int, world_s
     return max(-(-global_batch_tokens // (world_size * micro_batch_tokens)), 1)
 
 
-def pad_to(rows: Sequence[NDArray[np.int64]], value: int, multiple: int = 8) -> NDArray[np.int64]:
+def padded_length(tokens: int, multiple: int = _WIDTH_MULTIPLE) -> int:
+    """The width of a batch whose longest row has so many tokens: rounded up to a multiple."""
+    return -(-tokens // multiple) * multiple
+
+
+def pad_to(rows: Sequence[NDArray[np.int64]], value: int, multiple: int = _WIDTH_MULTIPLE) -> NDArray[np.int64]:
     """Rows of different lengths as one array, filled up at the right.
 
     :returns: (B, T), T the longest row rounded up to a multiple.
     """
-    width = -(-max(len(row) for row in rows) // multiple) * multiple
+    width = padded_length(max(len(row) for row in rows), multiple)
     padded = np.full((len(rows), width), value, dtype=np.int64)
     for line, row in enumerate(rows):
         padded[line, : len(row)] = row

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from raylm.errors import ArtifactError, OutputError, TrainingError
+from raylm.errors import ArtifactError, OutputError, TrainingError, first_line
 from raylm.storage import MANIFEST, Manifest, StoragePath, fingerprint
 from raylm.training.zero import load_engine, to_universal
 
@@ -175,7 +175,7 @@ class Writer:
             shutil.rmtree(local, ignore_errors=True)
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):
                 raise  # not of writing the file
-            raise OutputError(f"checkpoint {directory}: {local} cannot be written: {_first_line(error)}") from error
+            raise OutputError(f"checkpoint {directory}: {local} cannot be written: {first_line(error)}") from error
         self._upload = _Task(lambda _: _publish(local, directory, rank))
         if rank == 0:
             manifest = Manifest("checkpoint", settings=self._settings, metrics={**metrics, "world_size": world_size})
@@ -342,7 +342,3 @@ def _prepare(checkpoint: Checkpoint, place: Path, convert: bool) -> None:
     finally:
         if not checkpoint.directory.is_local:
             shutil.rmtree(local, ignore_errors=True)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -5,43 +5,34 @@ Nothing is built or started: the model is made on torch's meta device, which kno
 
 from __future__ import annotations
 
-import difflib
-import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from raylm import models
 from raylm.errors import ArtifactError, SettingsError
 from raylm.progress import duration
-from raylm.settings import FinetuneSettings, PretrainSettings, Settings
+from raylm.settings import FinetuneSettings, PretrainSettings, Settings, differences
 from raylm.storage import METRICS, Manifest, StoragePath
 from raylm.summary import rendered, size
 from raylm.tasks import CLASSIFY
 from raylm.training import checkpoint as checkpoints
-from raylm.training.batches import micro_batches_for
-from raylm.training.examples import open_split
+from raylm.training.batches import micro_batches_for, padded_length
+from raylm.training.examples import open_split, step_sequences
 from raylm.training.job import TrainingJob
-from raylm.training.memory import BYTES, MULTIPLE, BatchShape, Memory, checkpoint_bytes, kept_bytes, loss_bytes, memory
-from raylm.training.objectives import label_names
-from raylm.training.refusals import (
-    Start,
-    changes,
-    check_heads,
-    check_objective,
-    check_positions,
-    check_run,
-    check_training,
-    shortages,
-)
+from raylm.training.labels import label_names
+from raylm.training.memory import BYTES, BatchShape, Memory, checkpoint_bytes, kept_bytes, loss_bytes, memory
+from raylm.training.objectives import span_counts
+from raylm.training.refusals import check_heads, check_objective, check_positions, check_training, shortages
+from raylm.training.start import Start, find_start, refusal
 from raylm.training.telemetry import read_metrics
 from raylm.training.throughput import model_flops
-from raylm.training.trainer import MODEL, run_directory
+from raylm.training.trainer import MODEL, check_settings, run_directory
 from raylm.training.zero import resolve_precision
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "offloaded")
 _SCANNED_STEPS = 100
@@ -147,17 +138,21 @@ def dry_run(settings: Settings, stage: Literal["pretrain", "finetune"]) -> Estim
     tokens = StoragePath(corpus.directory) if corpus else None
     length = int(corpus.settings["corpus"]["sequence_length"] if corpus else settings.corpus.sequence_length)
     notes += check_training(training, length)
-    check_run(settings, training, run)
+    check_settings(run, settings, training)
 
-    start = _start(settings, training, tokens, notes)
+    start = find_start(settings, training, tokens, notes)
     objective = check_objective(training, start)
     lengths = _lengths(training, objective, start.config.is_encoder_decoder, length)
     check_positions(training, start.config, lengths)
-    model = _meta_model(settings, training, start, objective, tokens, notes)
+    start = _headed(start, objective, tokens, notes)
+    model = _model(settings, training, start)
     trained = models.parameter_count(model)
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
 
-    sequences = _step_sequences(training, length)
+    longest = length
+    if isinstance(training, FinetuneSettings):
+        longest = training.max_source_tokens + training.max_target_tokens
+    sequences = step_sequences(training.global_batch_tokens, longest)
     on_gpu, precision = _numbers(training, notes)
     layout = _layout(training, sequences, lengths, precision, notes)
     read, scanned = [BatchShape(sequences, *lengths)], 1
@@ -209,28 +204,18 @@ def _lengths(
 
     :param length: of a packed sequence.
     """
-
-    def padded(tokens: int) -> int:
-        return -(-tokens // MULTIPLE) * MULTIPLE
-
     if isinstance(training, FinetuneSettings):
         source, target = training.max_source_tokens, training.max_target_tokens
         if objective == CLASSIFY.name:
-            return padded(source), 0
-        return (padded(source), padded(target)) if is_encoder_decoder else (padded(source + target), 0)
+            return padded_length(source), 0
+        if not is_encoder_decoder:
+            return padded_length(source + target), 0
+        return padded_length(source), padded_length(target)
     if objective != "denoise":
         return length, 0
-    noise = min(max(round(length * training.noise_density), 1), length - 1)  # as `span_mask` draws it
-    spans = min(max(round(noise / training.mean_span_tokens), 1), noise, length - noise)
+    noise, spans = span_counts(length, training.noise_density, training.mean_span_tokens)
     target = length if training.denoise_target == "text" else noise + spans
-    return padded(length - noise + spans + 1), padded(target + 1)
-
-
-def _step_sequences(training: PretrainSettings | FinetuneSettings, length: int) -> int:
-    """How many packed sequences, or pairs of the greatest length, make up a step."""
-    if isinstance(training, FinetuneSettings):
-        length = training.max_source_tokens + training.max_target_tokens
-    return max(training.global_batch_tokens // length, 1)
+    return padded_length(length - noise + spans + 1), padded_length(target + 1)
 
 
 def _layout(
@@ -315,6 +300,17 @@ def _work(
     )
 
 
+def _changes(before: Any, now: Any) -> Iterator[str]:
+    """Each value that was another before; keys that there were not are passed over."""
+
+    def common(old: Any, new: Any) -> Any:
+        if isinstance(old, dict) and isinstance(new, dict):
+            return {key: common(value, new.get(key)) for key, value in old.items()}
+        return new
+
+    return differences(before, common(before, now))
+
+
 def _corpus(settings: Settings, stage: str, notes: list[str]) -> Manifest | None:
     """The manifest of the prepared corpus, if there is one.
 
@@ -325,7 +321,7 @@ def _corpus(settings: Settings, stage: str, notes: list[str]) -> Manifest | None
     if corpus is None:
         notes.append(f"{tokens} is not prepared: taken as the settings say, with a vocabulary as large as they allow")
         return None
-    if changed := list(changes(corpus.settings["corpus"], settings.corpus.model_dump(mode="json"))):
+    if changed := list(_changes(corpus.settings["corpus"], settings.corpus.model_dump(mode="json"))):
         what = "; ".join(changed[:3])
         notes.append(f"{tokens} was prepared with other settings ({what}); `raylm prepare` renews it")
     for name in ("train", "validation"):
@@ -335,120 +331,31 @@ def _corpus(settings: Settings, stage: str, notes: list[str]) -> Manifest | None
     return corpus
 
 
-def _start(
-    settings: Settings, training: PretrainSettings | FinetuneSettings, tokens: StoragePath | None, notes: list[str]
-) -> Start:
-    """Config and tokenizer of the run: those of the pretrained run, of `model.start_from`, or of a preset.
+def _headed(start: Start, objective: str, tokens: StoragePath | None, notes: list[str]) -> Start:
+    """The start with the head that its objective trains.
 
-    :param tokens: the prepared corpus, if there is one.
-    :raises RaylmError: what the settings name is not there, or `transformers` does not take it.
+    :raises RaylmError: there is no such classifier, or the corpus has no labels for it.
     """
-    parent = run_directory(settings, settings.pretrain.name)
-    if isinstance(training, FinetuneSettings) and training.start == "pretrain":
-        if Manifest.read(parent) is None:
-            notes.append(f"{parent} has not finished: taken as the model that it would train")
-        if (parent / MODEL / "config.json").is_file():
-            with tempfile.TemporaryDirectory(prefix="raylm-model-") as local:
-                (parent / MODEL).download_files(Path(local))
-                return Start(f"run {parent.name}", models.load_config(local), models.load_tokenizer(local))
-    path = settings.model.start_from
-    if path is None:
-        tokenizer = _corpus_tokenizer(settings, tokens)
-        name = f"{settings.model.family} {settings.model.size}"
-        return Start(name, _preset(settings, tokenizer), tokenizer)
-    if settings.model.config:
-        notes.append("model.config has no effect on a model that model.start_from names")
-    if path.startswith(("/", ".", "~")) or path.count("/") > 1:  # never an id of a hub, which would be asked for it
-        models.check_model_directory(path)
-    config, tokenizer = models.load_config(path), models.load_tokenizer(path)
-    if tokens and (ids := len(_corpus_tokenizer(settings, tokens))) > config.vocab_size:
-        raise SettingsError(
-            f"model.start_from: {path} knows {config.vocab_size:,} token ids, corpus {tokens} was prepared with "
-            f"{ids:,} of another tokenizer; run `raylm prepare` again"
-        )
-    return Start(path, config, tokenizer)
-
-
-def _corpus_tokenizer(settings: Settings, tokens: StoragePath | None) -> PreTrainedTokenizerFast:
-    """The tokenizer of the corpus; before there is one, the one it is to be, or one with as many ids."""
-    if tokens:
-        with tempfile.TemporaryDirectory(prefix="raylm-tokenizer-") as local:
-            (tokens / "tokenizer").download_files(Path(local))
-            return models.load_tokenizer(local)
-    if settings.corpus.tokenizer.start_from:
-        return models.load_tokenizer(settings.corpus.tokenizer.start_from)
-    return tokenizer_of_size(settings.corpus.tokenizer.vocab_size)
-
-
-def tokenizer_of_size(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer with so many ids and the special tokens of a prepared one, `<pad>` last: it can size a model."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<unk>", "<s>", "</s>", "<mask>", "<extra_id_0>"]
-    others = [f"<{number}>" for number in range(vocab_size - len(special) - 1)]
-    ids = {token: number for number, token in enumerate([*special, *others, "<pad>"])}
-    tokenizer = Tokenizer(WordLevel(ids, unk_token="<unk>"))
-    tokenizer.add_special_tokens([*special, "<pad>"])
-    names = dict(zip(("unk_token", "bos_token", "eos_token", "mask_token"), special, strict=False))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", **names)
-
-
-def _preset(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
-    """The config of a preset with the overrides of `model.config`.
-
-    :raises SettingsError: one is unknown, or not what `transformers` takes.
-    """
-    plain = models.build_config(settings.model.model_copy(update={"config": {}}), tokenizer)
-    known = plain.to_dict().keys() | plain.attribute_map.keys() | {"rope_theta", "attn_implementation"}
-    for key in settings.model.config:
-        if key not in known and not hasattr(plain, key):
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
-            raise SettingsError(f"model.config: {plain.model_type} has no '{key}'{hint}")
-    try:
-        return models.build_config(settings.model, tokenizer)
-    except Exception as error:  # its validators raise errors of many kinds
-        raise SettingsError(_refusal(error)) from error
-
-
-def _meta_model(
-    settings: Settings,
-    training: PretrainSettings | FinetuneSettings,
-    start: Start,
-    objective: str,
-    tokens: StoragePath | None,
-    notes: list[str],
-) -> PreTrainedModel:
-    """The model that the run would train, without values.
-
-    :raises RaylmError: `transformers` does not build it, or the corpus has no labels for a classifier.
-    """
-    import torch
-
     labels: list[str] = []
     if objective == CLASSIFY.name:
         labels = label_names(tokens) if tokens else ["0", "1"]
         if not tokens:
             notes.append("how many labels there are is not known yet: taken as two")
-    models.with_head(start.config, labels, start.tokenizer.pad_token_id)
+    return replace(start, config=models.with_head(start.config, labels, start.tokenizer.pad_token_id))
+
+
+def _model(settings: Settings, training: PretrainSettings | FinetuneSettings, start: Start) -> PreTrainedModel:
+    """The model that the run would train, without values.
+
+    :raises SettingsError: `transformers` does not build it, or adapters fit none of its layers.
+    """
     check_heads(start.config)
     try:
-        with torch.device("meta"):
-            model = models.build_model(start.config, seed=0)
+        return models.build_shapes(start.config, training.lora if isinstance(training, FinetuneSettings) else None)
+    except SettingsError:
+        raise
     except Exception as error:  # constructors raise errors of many kinds
-        raise SettingsError(_refusal(error) if not settings.model.start_from else f"{start.name}: {error}") from error
-    if isinstance(training, FinetuneSettings) and training.lora:
-        with torch.device("meta"):
-            model = models.with_lora(model, training.lora)
-    return model
-
-
-def _refusal(error: Exception) -> str:
-    """What `transformers` has against `model.config`: its last line, without the kind of error."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"model.config: transformers does not take it: {lines[-1].strip().removeprefix('ValueError: ')}"
+        raise SettingsError(refusal(error) if not settings.model.start_from else f"{start.name}: {error}") from error
 
 
 def _workers(training: PretrainSettings | FinetuneSettings, notes: list[str]) -> int:

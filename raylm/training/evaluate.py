@@ -17,7 +17,8 @@ from raylm.settings import Settings
 from raylm.storage import PREDICTIONS, Manifest, Stopwatch, StoragePath
 from raylm.tasks import CLASSIFY, SUMMARIZE, TASKS
 from raylm.training.batches import Shards, TokenLists, pad_to
-from raylm.training.objectives import Tokens, check_labels, cut, label_counts, padding_mask
+from raylm.training.labels import check_labels, label_counts
+from raylm.training.objectives import Tokens, cut, padding_mask
 from raylm.training.trainer import MODEL, load_trained, prepared_corpus, run_directory
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from raylm.storage import Manifest, StoragePath
 from raylm.tasks import CLASSIFY
 from raylm.training.batches import BucketedOrder, GlobalBatch, PackedOrder, Shards, TokenLists
 from raylm.training.job import TrainingJob
+from raylm.training.labels import label_numbers
 from raylm.training.objectives import (
     LabelledTexts,
     MicroBatch,
@@ -20,7 +21,6 @@ from raylm.training.objectives import (
     Pairs,
     SelfSupervision,
     Vocabulary,
-    label_numbers,
     objective_for,
     pair_weights,
 )
@@ -85,7 +85,8 @@ def open_training(
     if isinstance(settings, FinetuneSettings) or not settings.stream:
         return open_split(job, "train", config, tokenizer)
     shard = ray.train.get_dataset_shard("train")
-    sequences = max(step_sequences(settings.global_batch_tokens, StoragePath(job.tokens)) // world_size, 1)
+    length = sequence_length(StoragePath(job.tokens))
+    sequences = max(step_sequences(settings.global_batch_tokens, length) // world_size, 1)
     return StreamedBatches(shard, _self_supervision(settings, config, tokenizer), sequences, settings.seed)
 
 
@@ -115,23 +116,28 @@ def open_split(job: TrainingJob, split: str, config: PretrainedConfig, tokenizer
             return Split(order, LabelledTexts(sources, labels, vocabulary, limits[0]))
         return Split(order, Pairs(sources, targets, vocabulary, shape, *limits))
     shards = Shards(tokens / "documents" / split)
-    source = PackedDocuments(
-        _self_supervision(settings, config, tokenizer),
-        TokenLists(shards, "input_ids"),
-        TokenLists(shards, "document_lengths"),
-        settings.seed,
-    )
-    return Split(PackedOrder(len(shards), step_sequences(settings.global_batch_tokens, tokens), settings.seed), source)
+    input_ids, document_lengths = TokenLists(shards, "input_ids"), TokenLists(shards, "document_lengths")
+    sequences = step_sequences(settings.global_batch_tokens, int(input_ids.lengths[0]))
+    supervision = _self_supervision(settings, config, tokenizer)
+    source = PackedDocuments(supervision, input_ids, document_lengths, settings.seed)
+    return Split(PackedOrder(len(shards), sequences, settings.seed), source)
 
 
-def step_sequences(global_batch_tokens: int, tokens: StoragePath) -> int:
-    """How many packed sequences make up a step.
+def step_sequences(global_batch_tokens: int, length: int) -> int:
+    """How many packed sequences of a length in tokens make up a step."""
+    return max(global_batch_tokens // length, 1)
 
-    :param tokens: the prepared corpus' directory.
+
+def sequence_length(tokens: StoragePath) -> int:
+    """Tokens of a packed sequence of a prepared corpus.
+
+    :param tokens: its directory.
+    :raises ArtifactError: it is absent or unfinished.
     """
     corpus = Manifest.read(tokens)
-    length = corpus.settings["corpus"]["sequence_length"] if corpus else 1
-    return max(global_batch_tokens // int(length), 1)
+    if corpus is None:
+        raise ArtifactError(f"corpus {tokens}: not prepared; run `raylm prepare` first")
+    return int(corpus.settings["corpus"]["sequence_length"])
 
 
 def _self_supervision(

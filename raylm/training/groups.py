@@ -14,7 +14,7 @@ from raylm.progress import Progress
 from raylm.settings import FinetuneSettings, PretrainSettings
 from raylm.storage import StoragePath
 from raylm.training.control import Attention, Follower, Relay, stopping
-from raylm.training.examples import step_sequences
+from raylm.training.examples import sequence_length, step_sequences
 from raylm.training.job import TrainingJob
 from raylm.training.loop import train_worker
 from raylm.training.streaming import TokenStream, dataset_from_checkpoint
@@ -128,7 +128,8 @@ def _trainer(job: TrainingJob, width: Width, relay: ActorHandle, stream: TokenSt
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(min(patience_s, _MOST_HEALTH_CHECK_S))
     datasets: dict[str, Any] = {}
     if stream:
-        sequences = job.settings.steps * step_sequences(job.settings.global_batch_tokens, StoragePath(job.tokens))
+        length = sequence_length(StoragePath(job.tokens))
+        sequences = job.settings.steps * step_sequences(job.settings.global_batch_tokens, length)
         # Called for each group of workers: one that replaces another goes on behind its last checkpoint.
         datasets["train"] = lambda: dataset_from_checkpoint(stream, run, sequences)
     read_ahead = ExecutionResources(object_store_memory=_READ_AHEAD_BYTES * width.most)

@@ -26,8 +26,6 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _FP32 = 4
 _ADAM = 2 * _FP32
 """Of a weight: two moments (Kingma and Ba 2015), fp32 in every precision."""
-MULTIPLE = 8
-"""`raylm.training.batches.pad_to` rounds lengths up to it."""
 
 # How many tensors of the inner width the activation of a feed-forward layer keeps: its output, which the next product
 # reads; its input, but for ReLU; and what is between them, where transformers writes the function in PyTorch.

@@ -6,21 +6,17 @@ epoch), so a batch is the same on every worker and after every restart.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from raylm.errors import ArtifactError, SettingsError
+from raylm.errors import SettingsError
 from raylm.models import Architecture
-from raylm.storage import StoragePath
 from raylm.tasks import CLASSIFY
-from raylm.training.batches import GlobalBatch, Shards, TokenLists, pad_to
+from raylm.training.batches import GlobalBatch, TokenLists, pad_to
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +24,6 @@ if TYPE_CHECKING:
 Tokens = NDArray[np.int64]
 IGNORE = -100
 """Label of a position that has no loss."""
-MAX_LABELS = 10_000
-"""More than these are texts in the place of labels."""
 
 # What trains an architecture in a section of the YAML, the usual one first.
 _OBJECTIVES: dict[tuple[str, Architecture], tuple[str, ...]] = {
@@ -213,7 +207,7 @@ class Pairs:
 class LabelledTexts:
     """Text to the number of its label.
 
-    :param labels: (N,) as `label_numbers` gives them.
+    :param labels: (N,) as `raylm.training.labels.label_numbers` gives them.
     """
 
     def __init__(self, source_ids: TokenLists, labels: Tokens, vocabulary: Vocabulary, max_source_tokens: int) -> None:
@@ -229,57 +223,6 @@ class LabelledTexts:
             "attention_mask": padding_mask(rows, input_ids.shape[1]),
         }
         return MicroBatch(inputs, self._labels[batch.indices], sum(map(len, rows)))
-
-
-# ------------------------------------------------------------------------------------------- labels
-
-
-def label_counts(tokens: StoragePath, split: str) -> Counter[str]:
-    """How many texts of a split of a prepared corpus have each label.
-
-    :raises ArtifactError: the split has no pairs at all.
-    """
-    table = Shards(tokens / "pairs" / split).table
-    counted = pc.value_counts(table.filter(pc.equal(table["task"], CLASSIFY.name))["target"]).to_pylist()
-    return Counter({entry["values"]: entry["counts"] for entry in counted})
-
-
-def label_names(tokens: StoragePath) -> list[str]:
-    """The labels of the training texts of a prepared corpus, sorted: a label's number is its place.
-
-    :raises ArtifactError: there is one label or none, or more than a classifier has, or a held-out text has another.
-    """
-    labels = sorted(label_counts(tokens, "train"))
-    where = f"corpus {tokens}: pairs/train"
-    if not labels:
-        raise ArtifactError(f"{where} has no labelled texts; give the corpus a pair source with `task: classify`")
-    if len(labels) == 1:
-        raise ArtifactError(f"{where} has only the label '{labels[0]}'; two are the least to choose from")
-    if len(labels) > MAX_LABELS:
-        raise ArtifactError(
-            f"{where} has {len(labels):,} labels, {MAX_LABELS:,} are the most; is `target` the column of the labels? "
-            f"It holds '{labels[0][:80]}'"
-        )
-    for split in ("validation", "test"):
-        if (tokens / "pairs" / split).list():
-            check_labels(label_counts(tokens, split), labels, f"corpus {tokens}: pairs/{split}")
-    return labels
-
-
-def check_labels(found: Mapping[str, int], labels: Sequence[str], where: str) -> None:
-    """:raises ArtifactError: a label was found that is not among those learned."""
-    unseen = sorted(found.keys() - set(labels))
-    if unseen:
-        known = ", ".join(labels[:10]) + ", …" * (len(labels) > 10)
-        raise ArtifactError(
-            f"{where} has {found[unseen[0]]} times the label '{unseen[0]}', which no training text has; known: {known}"
-        )
-
-
-def label_numbers(targets: pa.ChunkedArray, labels: Sequence[str]) -> Tokens:
-    """(N,) the number of each label, `IGNORE` for a target that is none."""
-    numbers = pc.fill_null(pc.index_in(targets, value_set=pa.array(labels, pa.string())), IGNORE)
-    return np.asarray(numbers.to_numpy(), dtype=np.int64)
 
 
 def pair_weights(tasks: NDArray[np.object_], task_weights: Mapping[str, float], objective: str) -> NDArray[np.float64]:
@@ -305,14 +248,19 @@ def span_mask(
 
     The `random_spans_noise_mask` of T5 (Raffel et al. 2020, section 3.3.4).
     """
-    noise = min(max(round(length * density), 1), length - 1)
+    noise, spans = span_counts(length, density, mean_span_tokens)
     if noise < 1:
         return np.zeros(length, dtype=bool)
-    spans = min(max(round(noise / mean_span_tokens), 1), noise, length - noise)
     noise_lengths = _random_partition(noise, spans, generator)
     plain_lengths = _random_partition(length - noise, spans, generator)
     lengths = np.stack([plain_lengths, noise_lengths], axis=1).reshape(-1)
     return np.repeat(np.tile([False, True], spans), lengths)
+
+
+def span_counts(length: int, density: float, mean_span_tokens: float) -> tuple[int, int]:
+    """How many of `length` tokens are noise, and in how many spans."""
+    noise = min(max(round(length * density), 1), length - 1)
+    return noise, min(max(round(noise / mean_span_tokens), 1), noise, length - noise)
 
 
 def _random_partition(total: int, parts: int, generator: np.random.Generator) -> Tokens:

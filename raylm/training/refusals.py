@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raylm import models
-from raylm.errors import SettingsError, TrainingError
-from raylm.settings import FinetuneSettings, PretrainSettings, Settings, differences
+from raylm.errors import SettingsError
+from raylm.settings import FinetuneSettings, PretrainSettings
 from raylm.storage import StoragePath
 from raylm.summary import size
 from raylm.tasks import TASKS
 from raylm.training.objectives import objective_for
-from raylm.training.trainer import RUN_FILE
+from raylm.training.start import Start
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerFast
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a run would begin with, before any weights.
-
-    :param name: how a person calls the model.
-    """
-
-    name: str
-    config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerFast
+    from transformers import PretrainedConfig
 
 
 def check_training(training: PretrainSettings | FinetuneSettings, length: int) -> list[str]:
@@ -55,30 +41,6 @@ def check_training(training: PretrainSettings | FinetuneSettings, length: int) -
         if getattr(training, key) < length:
             raise SettingsError(f"{section}.{key} is {getattr(training, key):,}, but {what}; raise it to that")
     return notes
-
-
-def check_run(settings: Settings, training: PretrainSettings | FinetuneSettings, run: StoragePath) -> None:
-    """:raises TrainingError: the run was started with other settings."""
-    if not (run / RUN_FILE).is_file():
-        return
-    before = {key: value for key, value in (run / RUN_FILE).read_json().items() if key in ("model", "training")}
-    now = {"model": settings.model.model_dump(mode="json"), "training": training.model_dump(mode="json")}
-    if changed := list(changes(before, now)):
-        raise TrainingError(
-            f"run {run}: was started with other settings ({'; '.join(changed[:3])}); "
-            f"choose another run name, or remove {run}"
-        )
-
-
-def changes(before: Any, now: Any) -> Iterator[str]:
-    """Each value that was another before; keys that there were not are passed over."""
-
-    def common(old: Any, new: Any) -> Any:
-        if isinstance(old, dict) and isinstance(new, dict):
-            return {key: common(value, new.get(key)) for key, value in old.items()}
-        return new
-
-    return differences(before, common(before, now))
 
 
 def check_objective(training: PretrainSettings | FinetuneSettings, start: Start) -> str:

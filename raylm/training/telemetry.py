@@ -15,6 +15,7 @@ import time
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
+from raylm.errors import first_line
 from raylm.storage import METRICS, StoragePath, fingerprint
 from raylm.training.throughput import peak_memory_gb
 
@@ -275,8 +276,7 @@ class MlflowBoard:
         try:
             self._send_rows()
         except Exception as error:  # of MLflow, or of whatever store is behind the address
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            self._report({"note": f"MLflow: {reason[0]}; the run is tracked there no longer"})
+            self._report({"note": f"MLflow: {first_line(error)}; the run is tracked there no longer"})
 
     def _send_rows(self) -> None:
         # Not imported by name: it is there only with the extra, and type checks run without it.

@@ -80,7 +80,7 @@ def model_flops(model: PreTrainedModel) -> ModelFlops | None:
     Mixtures of experts, convolutions and state-space layers are none of this formula's: better no MFU than a wrong one.
     """
     config = model.config
-    is_dense = all(len(_shape(parameter)) <= 2 for parameter in model.parameters())
+    is_dense = all(len(models.whole_shape(parameter)) <= 2 for parameter in model.parameters())
     if not is_dense or not getattr(config, "num_attention_heads", None) or getattr(config, "num_experts_per_tok", None):
         return None
     matrices = list(_matrices(model))
@@ -111,14 +111,9 @@ def _matrices(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module, in
         # Its own: a layer with an adapter shows the weight of the plain layer inside of it, too.
         weight = dict(module.named_parameters(recurse=False)).get("weight")
         if weight is not None and not isinstance(module, torch.nn.Embedding):
-            shape = _shape(weight)
+            shape = models.whole_shape(weight)
             if len(shape) == 2:
                 yield name, module, (6 if weight.requires_grad else 4) * shape[0] * shape[1]
-
-
-def _shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
-    """A parameter's own shape, also where ZeRO-3 has left this worker a part of it."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 # -------------------------------------------------------------------------------------------- the device

@@ -17,7 +17,8 @@ from raylm.tasks import CLASSIFY
 from raylm.training import checkpoint as checkpoints
 from raylm.training.groups import choose_width, train_in_groups
 from raylm.training.job import TrainingJob
-from raylm.training.objectives import label_names, objective_for
+from raylm.training.labels import label_names
+from raylm.training.objectives import objective_for
 from raylm.training.streaming import PLACE, RECORD, TokenStream
 from raylm.training.telemetry import read_metrics
 from raylm.training.zero import whole_weights
@@ -158,7 +159,8 @@ def _run(
     run = run_directory(settings, training.name)
     width = choose_width(training, cpus_for_data=1 if stream else 0)
     fixed = _fixed(settings, training, tokens, parent, stream)
-    _check_same(run, fixed, tokens, parent)
+    _check_inputs(run, fixed, tokens, parent)
+    check_settings(run, settings, training)
     earlier = Manifest.read(run)
     if earlier and (earlier.metrics["step"] >= training.steps or earlier.metrics.get("stopped_early")):
         early = " and stopped early" if earlier.metrics.get("stopped_early") else ""
@@ -177,8 +179,8 @@ def _run(
     stopwatch = Stopwatch()
     with Progress(stage, training.steps, "steps") as progress:
         workers = train_in_groups(job, width, progress, stream)
-    best, rows = checkpoints.best(run), read_metrics(run)
-    last = checkpoints.checkpoints(run)[-1]
+    best, complete, rows = checkpoints.best(run), checkpoints.checkpoints(run), read_metrics(run)
+    last = complete[-1]
     places = last.manifest.metrics.get(PLACE, 0)
     losses = [row for row in rows if "loss" in row]
     speeds = [row["tokens_per_s"] for row in losses]
@@ -186,7 +188,7 @@ def _run(
         stage=stage,
         settings={"model": settings.model.model_dump(mode="json"), stage: training.model_dump(mode="json")},
         inputs={"tokens": str(tokens), "start": str(parent) if parent else start},
-        outputs=[{"name": f"checkpoints/{c.directory.name}"} for c in checkpoints.checkpoints(run)],
+        outputs=[{"name": f"checkpoints/{checkpoint.directory.name}"} for checkpoint in complete],
         counts=stream.counts(str(run / RECORD), places + 1) if stream else {},
         metrics={
             "step": last.step,
@@ -205,13 +207,8 @@ def _run(
 
 
 def _trained_parameters(job: TrainingJob) -> int:
-    import torch
-
-    with torch.device("meta"):  # shapes alone
-        model = models.build_model(models.load_config(job.model), seed=0)
-        if isinstance(job.settings, FinetuneSettings) and job.settings.lora:
-            model = models.with_lora(model, job.settings.lora)
-    return models.parameter_count(model)
+    lora = job.settings.lora if isinstance(job.settings, FinetuneSettings) else None
+    return models.parameter_count(models.build_shapes(models.load_config(job.model), lora))
 
 
 def _fixed(
@@ -221,34 +218,51 @@ def _fixed(
     parent: StoragePath | None,
     stream: TokenStream | None,
 ) -> dict[str, Any]:
-    """What may not change between two starts of one run."""
+    """What a run is started with: settings, corpus and weights, none of which may change."""
     corpus = Manifest.read(tokens)
     return {
-        "model": settings.model.model_dump(mode="json", exclude={"name"}),
-        "training": training.model_dump(mode="json", exclude=_FREE),
+        **fixed_settings(settings, training),
         "corpus": fingerprint([corpus.outputs, *([stream.key] if stream else [])]) if corpus else None,
         "start": fingerprint(checkpoints.best(parent).manifest.outputs) if parent else None,
     }
 
 
-def _check_same(run: StoragePath, fixed: dict[str, Any], tokens: StoragePath, parent: StoragePath | None) -> None:
-    """:raises TrainingError: the run exists and was something else."""
-    file = run / RUN_FILE
-    if not file.is_file():
-        return
-    before = file.read_json()
-    for key, what in (
-        ("corpus", f"another preparation of corpus {tokens.name}"),
-        ("start", f"other weights of {parent}"),
-    ):
-        if before.get(key) != fixed[key]:
-            raise TrainingError(f"run {run}: was started on {what}; choose another run name, or remove {run}")
-    changed = list(differences(before, fixed))
-    if changed:
+def fixed_settings(settings: Settings, training: PretrainSettings | FinetuneSettings) -> dict[str, Any]:
+    """The settings that may not change between two starts of one run."""
+    return {
+        "model": settings.model.model_dump(mode="json", exclude={"name"}),
+        "training": training.model_dump(mode="json", exclude=_FREE),
+    }
+
+
+def check_settings(run: StoragePath, settings: Settings, training: PretrainSettings | FinetuneSettings) -> None:
+    """:raises TrainingError: the run exists and was started with other settings."""
+    before, now = _started_with(run), fixed_settings(settings, training)
+    if before and (changed := list(differences({key: before[key] for key in now}, now))):
         raise TrainingError(
             f"run {run}: was started with other settings ({'; '.join(changed[:3])}); "
             f"choose another run name, or remove {run}"
         )
+
+
+def _check_inputs(run: StoragePath, fixed: dict[str, Any], tokens: StoragePath, parent: StoragePath | None) -> None:
+    """:raises TrainingError: the run exists and was started on something else."""
+    before = _started_with(run)
+    for key, what in (
+        ("corpus", f"another preparation of corpus {tokens.name}"),
+        ("start", f"other weights of {parent}"),
+    ):
+        if before and before.get(key) != fixed[key]:
+            raise TrainingError(f"run {run}: was started on {what}; choose another run name, or remove {run}")
+
+
+def _started_with(run: StoragePath) -> dict[str, Any] | None:
+    """What `_fixed` gave when the run was started, or None where it was not."""
+    file = run / RUN_FILE
+    if not file.is_file():
+        return None
+    before: dict[str, Any] = file.read_json()
+    return before
 
 
 def _publish_start(run: StoragePath, parent: StoragePath) -> str:

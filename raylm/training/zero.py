@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raylm.models import whole_shape
 from raylm.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -32,9 +33,10 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """The DeepSpeed config of a run.
 
-    :param load_universal: the engine will load a universal checkpoint.
     Batch sizes only have to agree with each other: what a micro-batch holds is decided by `raylm.training.batches`,
     and losses are already sums over the global batch.
+
+    :param load_universal: the engine will load a universal checkpoint.
     """
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -74,17 +76,12 @@ def _offload(settings: TrainingSettings) -> dict[str, Any]:
 def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices decay; vectors (biases, norms) and fixed positions do not."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trained if _dimensions(parameter) > 1]
-    plain = [parameter for parameter in trained if _dimensions(parameter) <= 1]
+    decayed = [parameter for parameter in trained if len(whole_shape(parameter)) > 1]
+    plain = [parameter for parameter in trained if len(whole_shape(parameter)) <= 1]
     return [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-
-
-def _dimensions(parameter: torch.nn.Parameter) -> int:
-    """Of the whole parameter, where ZeRO-3 has left a part of it, which is flat."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 @contextlib.contextmanager
@@ -132,23 +129,30 @@ def prepare_backend(device: torch.device) -> None:
 def build_engine(
     model: PreTrainedModel, settings: TrainingSettings, config: dict[str, Any], device: torch.device
 ) -> DeepSpeedEngine:
-    """The model under DeepSpeed, with AdamW (Loshchilov and Hutter 2019)."""
+    """The model under DeepSpeed."""
     import torch
 
     deepspeed = _deepspeed()
     if config["bf16"]["enabled"]:
         model = model.to(torch.bfloat16)
-    optimizer = torch.optim.AdamW(
+    optimizer = build_optimizer(model, settings)
+    engine, *_ = deepspeed.initialize(
+        model=model.to(device), optimizer=optimizer, config=config, dist_init_required=False
+    )
+    return engine
+
+
+def build_optimizer(model: PreTrainedModel, settings: TrainingSettings) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019) over the model's trained parameters."""
+    import torch
+
+    return torch.optim.AdamW(
         parameter_groups(model, settings.weight_decay),
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
         fused=True,
     )
-    engine, *_ = deepspeed.initialize(
-        model=model.to(device), optimizer=optimizer, config=config, dist_init_required=False
-    )
-    return engine
 
 
 def load_engine(engine: DeepSpeedEngine, directory: Path, tag: str) -> None:
@@ -188,9 +192,16 @@ def to_universal(checkpoint: Path, target: Path) -> None:
         strict=True,
         inject_missing_state=True,
     )
-    silence = io.StringIO()  # it prints what it does, line by line
-    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+    with _silenced():
         ds_to_universal.main(arguments)
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep what DeepSpeed's converters print, line by line, off the terminal."""
+    silence = io.StringIO()
+    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+        yield
 
 
 def whole_weights(checkpoint: Path, zero_stage: int) -> dict[str, torch.Tensor]:
@@ -212,6 +223,5 @@ def whole_weights(checkpoint: Path, zero_stage: int) -> dict[str, torch.Tensor]:
         module = {name: tensor.float() for name, tensor in state["module"].items()}
     if zero_stage == 0:
         return module
-    silence = io.StringIO()  # it prints what it does, line by line
-    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+    with _silenced():
         return module | dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="zero"))

@@ -6,16 +6,18 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tests.benchmarks.measure import Session
+from tests.benchmarks.measure import Row, Session, run_benchmark
 
 REPOSITORY = Path(__file__).parents[2]
+DATA = Path(os.environ.get("RAYLM_DATA", REPOSITORY.parent / "shared" / "data"))
+TEXT = DATA / "text.en.tech.train.parquet"
 CPUS = os.cpu_count() or 1
 
 
@@ -44,3 +46,11 @@ def raylm_session(command: str, settings: Mapping[str, Any], cpus: int = CPUS) -
             yield session
         finally:
             session.kill()
+
+
+def run_on_real_text(description: str, parts: Mapping[str, Callable[[float], list[Row]]]) -> int:
+    """As `run_benchmark`, or 2 where the real text is absent."""
+    if not TEXT.is_file():
+        sys.stderr.write(f"needs the real text {TEXT}; set RAYLM_DATA to its folder\n")
+        return 2
+    return run_benchmark(description, parts)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
 import statistics
@@ -27,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.benchmarks.commands import CPUS, REPOSITORY, raylm_session
+from tests.benchmarks.commands import CPUS, TEXT, raylm_session, run_on_real_text
 from tests.benchmarks.measure import (
     PEERS,
     REPEATS,
@@ -38,14 +37,10 @@ from tests.benchmarks.measure import (
     interleaved,
     mapped,
     peer,
-    run_benchmark,
     run_script,
     single,
     succeeded,
 )
-
-DATA = Path(os.environ.get("RAYLM_DATA", REPOSITORY.parent / "shared" / "data"))
-TEXT = DATA / "text.en.tech.train.parquet"
 
 _SEED = 7
 _SHINGLE_WORDS, _THRESHOLD = 5, 0.8  # raylm's defaults
@@ -593,12 +588,5 @@ PARTS = {
 }
 
 
-def main() -> int:
-    if not TEXT.is_file():
-        sys.stderr.write(f"needs the real text {TEXT}; set RAYLM_DATA to its folder\n")
-        return 2
-    return run_benchmark(__doc__.splitlines()[0], PARTS)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_on_real_text(__doc__.splitlines()[0], PARTS))

@@ -7,7 +7,6 @@ speed is what it logs itself, without the steps of its first windows.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -17,11 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.commands import REPOSITORY, raylm_session
-from tests.benchmarks.measure import Goal, Row, beside, interleaved, run_benchmark, run_script, succeeded
+from tests.benchmarks.commands import DATA, raylm_session, run_on_real_text
+from tests.benchmarks.measure import Goal, Row, beside, interleaved, run_script, succeeded
 
-DATA = Path(os.environ.get("RAYLM_DATA", REPOSITORY.parent / "shared" / "data"))
-TEXT = DATA / "text.en.tech.train.parquet"
 PAIRS = DATA / "translate.en-de.docs.train.parquet"
 _WARMUP = 20
 _STEPS = 120
@@ -91,12 +88,5 @@ def _bare(asked: dict[str, Any]) -> dict[str, Any]:
 PARTS = {"overhead": measure_overhead}
 
 
-def main() -> int:
-    if not TEXT.is_file():
-        sys.stderr.write(f"needs the real text {TEXT}; set RAYLM_DATA to its folder\n")
-        return 2
-    return run_benchmark(__doc__ or "", PARTS)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_on_real_text(__doc__.splitlines()[0], PARTS))

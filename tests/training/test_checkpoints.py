@@ -16,7 +16,7 @@ from raylm.storage import StoragePath
 from raylm.training import checkpoint as checkpoints
 from raylm.training.job import TrainingJob
 from raylm.training.trainer import pretrain, run_directory
-from tests.training.test_training import changed, losses
+from tests.training.runs import changed, losses, on_workers, train_jobs
 
 STEPS = 12
 
@@ -40,26 +40,6 @@ def training(settings: Settings, **values: Any) -> PretrainSettings:
     return settings.pretrain.model_copy(update=fixed | values)
 
 
-def run_on(workers: int, jobs: list[TrainingJob], storage: Path) -> None:
-    """Train all jobs, one after the other, on a group of workers."""
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    def train_all(config: dict[str, Any]) -> None:
-        from raylm.training.loop import train_worker
-
-        for job in config["jobs"]:
-            train_worker(job, lambda _: None)
-
-    TorchTrainer(
-        train_all,
-        train_loop_config={"jobs": jobs},
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ScalingConfig(num_workers=workers),
-        run_config=RunConfig(name=f"group-{random.random()}", storage_path=str(storage / "ray")),
-    ).fit()
-
-
 def test_a_run_goes_from_two_workers_to_one_and_back(
     small_settings: Settings, corpus: StoragePath, model: Path, tmp_path: Path
 ) -> None:
@@ -79,9 +59,9 @@ def test_a_run_goes_from_two_workers_to_one_and_back(
     config = json.loads((tmp_path / "model/config.json").read_text())
     # Dropout differs by rank: another number of workers cannot draw the same.
     (tmp_path / "model/config.json").write_text(json.dumps(config | {"dropout": 0.0}))
-    run_on(2, [*jobs("whole", STEPS), *jobs("changing", STEPS // 3)], tmp_path)
-    run_on(1, jobs("changing", 2 * STEPS // 3), tmp_path)
-    run_on(2, jobs("changing", STEPS), tmp_path)
+    train_jobs(2, [*jobs("whole", STEPS), *jobs("changing", STEPS // 3)], tmp_path)
+    train_jobs(1, jobs("changing", 2 * STEPS // 3), tmp_path)
+    train_jobs(2, jobs("changing", STEPS), tmp_path)
     for stage in stages:
         whole, changing = (StoragePath(str(tmp_path / f"{name}-{stage}")) for name in ("whole", "changing"))
         assert [c.world_size for c in checkpoints.checkpoints(changing)] == [1, 2]
@@ -98,7 +78,7 @@ def test_a_run_that_continues_draws_the_same_dropout(
         settings = training(small_settings, steps=steps, zero_stage=stage)
         return TrainingJob(settings, str(tmp_path / f"{name}-{stage}"), str(corpus), str(model), None)
 
-    run_on(workers, [job(name, steps, stage) for stage in (1, 3) for name, steps in
+    train_jobs(workers, [job(name, steps, stage) for stage in (1, 3) for name, steps in
                      (("whole", 8), ("broken", 4), ("broken", 8))], tmp_path)  # fmt: skip
     for stage in (1, 3):
         whole, broken = (losses(StoragePath(str(tmp_path / f"{name}-{stage}"))) for name in ("whole", "broken"))
@@ -113,7 +93,7 @@ def test_parameter_groups_keep_their_settings_through_a_conversion(
     """Biases do not decay, nor do they learn to when a checkpoint of another world size is loaded."""
     settings = training(small_settings, zero_stage=stage, steps=4, weight_decay=0.25)
     job = TrainingJob(settings, str(tmp_path / "run"), str(corpus), str(model), None)
-    run_on(2, [job], tmp_path)
+    train_jobs(2, [job], tmp_path)
 
     def look(config: dict[str, Any]) -> None:
         import ray.train.torch
@@ -126,15 +106,7 @@ def test_parameter_groups_keep_their_settings_through_a_conversion(
         decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
         Path(config["file"]).write_text(json.dumps({"decays": decays, "steps": engine.global_steps}))
 
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    TorchTrainer(
-        look,
-        train_loop_config={"job": job, "file": str(tmp_path / "seen.json")},
-        scaling_config=ScalingConfig(num_workers=1),
-        run_config=RunConfig(name="look", storage_path=str(tmp_path / "ray")),
-    ).fit()
+    on_workers(1, look, tmp_path, job=job, file=str(tmp_path / "seen.json"))
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert seen["decays"] == [0.25, 0.0]
     assert seen["steps"] == 4

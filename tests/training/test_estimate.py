@@ -20,16 +20,12 @@ from raylm.cli import main
 from raylm.errors import SettingsError, TrainingError
 from raylm.settings import ModelSettings, PretrainSettings, Settings
 from raylm.storage import Manifest, StoragePath
-from raylm.training.estimate import Estimate, dry_run, estimate_table, tokenizer_of_size
+from raylm.training.estimate import Estimate, dry_run, estimate_table
 from raylm.training.memory import BUCKET, LIVE, BatchShape, Memory, kept_bytes, loss_bytes, memory
 from raylm.training.objectives import MicroBatch, SelfSupervision
-
-
-def changed(settings: Settings, **sections: dict[str, Any]) -> Settings:
-    values = settings.model_dump()
-    for section, update in sections.items():
-        values[section] |= update
-    return Settings.model_validate(values)
+from raylm.training.start import tokenizer_of_size
+from raylm.training.trainer import fixed_settings
+from tests.training.runs import changed
 
 
 def build(model: ModelSettings, vocab_size: int) -> tuple[Any, Any, str]:
@@ -289,7 +285,13 @@ def test_adapters_labels_and_recomputed_activations_are_counted(tmp_path: Path) 
     whole, adapters = finetuned("llama"), finetuned("llama", lora={"rank": 4})
     assert adapters.model.trained_parameters < 0.1 * whole.model.trained_parameters
     assert adapters.memory.optimizer == 12 * adapters.model.trained_parameters
-    assert finetuned("bert").model.objective == "classify"
+    classifier = finetuned("bert")
+    assert classifier.model.objective == "classify"
+    config, tokenizer, _ = build(ModelSettings(family="bert"), 4_000)
+    from raylm import models
+
+    labelled = models.build_model(models.with_head(config, ["0", "1"], tokenizer.pad_token_id), seed=0)
+    assert classifier.model.trained_parameters == models.parameter_count(labelled)
     again = finetuned("llama", activation_checkpointing=True)
     assert again.memory.peak < whole.memory.peak
     assert any("jemalloc" in note for note in again.notes) or again.memory.resident == again.memory.peak
@@ -378,8 +380,8 @@ def test_a_corpus_of_another_tokenizer_is_refused(
 def test_a_run_that_was_started_otherwise_is_refused(small_settings: Settings, corpus: StoragePath) -> None:
     settings = changed(small_settings, pretrain={"warmup_steps": 5, "name": "claimed"})
     place = StoragePath(settings.storage) / "runs" / "claimed"
-    kept = {"learning_rate": 0.5, "zero_stage": settings.pretrain.zero_stage}
-    (place / "run.json").write_json({"model": {"family": "marian"}, "training": kept})
+    earlier = changed(settings, pretrain={"learning_rate": 0.5})
+    (place / "run.json").write_json(fixed_settings(earlier, earlier.pretrain))
     try:
         with pytest.raises(TrainingError, match=r"training.learning_rate: 0.5 → 0.002"):
             dry_run(settings, "pretrain")

@@ -19,7 +19,7 @@ from raylm.storage import StoragePath
 from raylm.training import checkpoint as checkpoints
 from raylm.training.trainer import pretrain, run_directory
 from tests.conftest import REPOSITORY
-from tests.training.test_training import changed, losses
+from tests.training.runs import changed, losses
 
 STEPS = 4_000
 

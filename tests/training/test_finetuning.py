@@ -22,21 +22,11 @@ from raylm.training.evaluate import classify, evaluate, generate, lead_sentence,
 from raylm.training.export import export
 from raylm.training.telemetry import read_metrics
 from raylm.training.trainer import finetune, load_trained, pretrain, run_directory
+from tests.training.runs import changed, losses, on_workers
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
 GOOD, BAD = ("good", "fine", "lovely", "great"), ("bad", "poor", "awful", "boring")
 REST = "the book film hotel room is was very and with a story that we saw read of for once more again"
-
-
-def changed(settings: Settings, **sections: dict[str, Any]) -> Settings:
-    values = settings.model_dump()
-    for section, update in sections.items():
-        values[section] |= update
-    return Settings.model_validate(values)
-
-
-def losses(run: StoragePath) -> list[float]:
-    return [row["loss"] for row in read_metrics(run) if "loss" in row]
 
 
 def run_snippet(card: Path, text: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -500,8 +490,6 @@ def test_a_run_trains_adapters_alone(decoder_settings: Settings, pretrained_deco
 @pytest.fixture(scope="module")
 def frozen(small_settings: Settings, corpus: StoragePath) -> Path:
     """Checkpoints `stage0` to `stage3` of adapters beside frozen weights, of two workers after two steps."""
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
 
     root = Path(small_settings.storage, "frozen")
 
@@ -529,13 +517,7 @@ def frozen(small_settings: Settings, corpus: StoragePath) -> Path:
             if dist.get_rank() == 0:
                 torch.save(logits, root / f"stage{stage}" / "logits.pt")
 
-    TorchTrainer(
-        train,
-        train_loop_config={},
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ScalingConfig(num_workers=2),
-        run_config=RunConfig(name="frozen", storage_path=str(root / "ray")),
-    ).fit()
+    on_workers(2, train, root)
     return root
 
 

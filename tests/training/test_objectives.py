@@ -14,20 +14,17 @@ from hypothesis import strategies as st
 from raylm.errors import ArtifactError, SettingsError
 from raylm.storage import StoragePath
 from raylm.training.batches import GlobalBatch, Shards, TokenLists
+from raylm.training.labels import check_labels, label_counts, label_names, label_numbers
 from raylm.training.objectives import (
     IGNORE,
     LabelledTexts,
     MicroBatch,
     SelfSupervision,
     Vocabulary,
-    check_labels,
     corrupt_spans,
     cut,
     document_mask,
     infill_spans,
-    label_counts,
-    label_names,
-    label_numbers,
     objective_for,
     pair_weights,
     prefix_batch,

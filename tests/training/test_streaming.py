@@ -15,7 +15,7 @@ from raylm.training import checkpoint as checkpoints
 from raylm.training.streaming import PLACE, RECORD
 from raylm.training.trainer import pretrain, run_directory
 from tests.corpus.test_pipeline import document, write_jsonl
-from tests.training.test_training import changed, losses
+from tests.training.runs import changed, losses
 
 FILES = 8
 

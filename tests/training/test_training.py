@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,15 +12,8 @@ from raylm.settings import Settings
 from raylm.storage import Manifest, StoragePath
 from raylm.training import checkpoint as checkpoints
 from raylm.training.job import TrainingJob
-from raylm.training.telemetry import read_metrics
 from raylm.training.trainer import finetune, load_trained, pretrain, run_directory
-
-
-def changed(settings: Settings, **sections: dict[str, Any]) -> Settings:
-    values = settings.model_dump()
-    for section, update in sections.items():
-        values[section] |= update
-    return Settings.model_validate(values)
+from tests.training.runs import changed, losses, train_jobs
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +22,8 @@ def pretrained(small_settings: Settings, corpus: StoragePath) -> Manifest:
     return pretrain(changed(small_settings, pretrain={"workers": 2}))
 
 
-def losses(run: StoragePath) -> list[float]:
-    return [row["loss"] for row in read_metrics(run) if "loss" in row]
-
-
 def test_zero_stages_and_worker_counts_give_the_same_losses(small_settings: Settings, corpus: StoragePath) -> None:
     """Stages 0…3 and accumulated gradients, on one and on two workers, from the same weights, in fp32: to 1e-4."""
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
 
     from raylm import models
 
@@ -64,20 +50,8 @@ def test_zero_stages_and_worker_counts_give_the_same_losses(small_settings: Sett
         accumulating = training.model_copy(update={"micro_batch_tokens": 256})
         jobs[workers].append(TrainingJob(accumulating, str(root / f"micro-{workers}"), str(corpus), str(model), None))
 
-    def train_all(config: dict[str, Any]) -> None:
-        from raylm.training.loop import train_worker
-
-        for job in config["jobs"]:
-            train_worker(job, lambda _: None)
-
     for workers, group in jobs.items():
-        TorchTrainer(
-            train_all,
-            train_loop_config={"jobs": group},
-            torch_config=TorchConfig(backend="gloo"),
-            scaling_config=ScalingConfig(num_workers=workers),
-            run_config=RunConfig(name=f"equal-{workers}", storage_path=str(root / "ray")),
-        ).fit()
+        train_jobs(workers, group, Path(root.path))
 
     reference = losses(root / "zero0-1")
     assert len(reference) == 10

@@ -21,9 +21,8 @@ from raylm import models
 from raylm.settings import FinetuneSettings, PretrainSettings
 from raylm.training.examples import open_split
 from raylm.training.job import TrainingJob
-from raylm.training.zero import build_engine, deepspeed_config, parameter_groups, prepare_backend
-
-IGNORE = -100
+from raylm.training.objectives import IGNORE
+from raylm.training.zero import build_engine, build_optimizer, deepspeed_config, prepare_backend
 
 
 def loss_of(model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
@@ -32,13 +31,7 @@ def loss_of(model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Ten
 
 
 def torch_steps(model: nn.Module, batches: list[Any], settings: Any) -> Iterator[None]:
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, settings.weight_decay),
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        fused=True,
-    )
+    optimizer = build_optimizer(model, settings)
     for inputs, labels in batches:
         loss_of(model, inputs, labels).backward()
         nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)

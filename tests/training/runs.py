@@ -1,0 +1,55 @@
+"""What tests of training share: settings with changes, the losses of a run, work on a group of workers."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from raylm.settings import Settings
+from raylm.storage import StoragePath
+from raylm.training.job import TrainingJob
+from raylm.training.telemetry import read_metrics
+
+
+def changed(settings: Settings, **sections: dict[str, Any]) -> Settings:
+    """The settings with other values in some sections."""
+    values = settings.model_dump()
+    for section, update in sections.items():
+        values[section] |= update
+    return Settings.model_validate(values)
+
+
+def losses(run: StoragePath) -> list[float]:
+    """The training losses that a run has logged."""
+    return [row["loss"] for row in read_metrics(run) if "loss" in row]
+
+
+def on_workers(workers: int, work: Callable[[dict[str, Any]], None], storage: Path, **config: Any) -> None:
+    """Let each of a group of workers do some work, with a process group of gloo.
+
+    :param work: is given `config`; defined inside a function, so that it travels by value.
+    """
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    TorchTrainer(
+        work,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=workers),
+        run_config=RunConfig(name=f"group-{uuid.uuid4()}", storage_path=str(storage / "ray")),
+    ).fit()
+
+
+def train_jobs(workers: int, jobs: list[TrainingJob], storage: Path) -> None:
+    """Train all jobs, one after the other, on a group of workers."""
+
+    def train_all(config: dict[str, Any]) -> None:
+        from raylm.training.loop import train_worker
+
+        for job in config["jobs"]:
+            train_worker(job, lambda _: None)
+
+    on_workers(workers, train_all, storage, jobs=jobs)
