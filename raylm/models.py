@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from raylm.errors import ArtifactError, SettingsError, first_line
 from raylm.settings import ModelSettings
 from raylm.settings.training import LoraSettings
+from raylm.storage import StoragePath
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 Architecture = Literal["encoder-decoder", "decoder", "encoder"]
@@ -29,6 +34,9 @@ _SIZES: dict[str, tuple[int, int, int, int]] = {
 }
 _TINY_DECODER_LAYERS = 2
 MAX_POSITIONS = 1_024
+GGUF = ".gguf"
+"""How the file of a model of llama.cpp ends."""
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
 def build_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
@@ -206,35 +214,37 @@ def build_shapes(config: PretrainedConfig, lora: LoraSettings | None = None) -> 
 def load_config(path: str) -> PretrainedConfig:
     """The config of a model.
 
-    :param path: a directory in Hugging Face layout, or an id of a hub.
-    :raises ArtifactError: it is neither.
+    :param path: a directory in Hugging Face layout or a GGUF file, on any storage, or an id of a hub.
+    :raises ArtifactError: it is none of these.
     """
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(_not_a_model(path, error)) from error
+    with _opened(path) as (place, options):
+        config: PretrainedConfig = AutoConfig.from_pretrained(place, **options)
+    config.__dict__.pop("quantization_config", None)  # of a GGUF file, whose weights are read as plain ones
+    return config
 
 
 def load_model(path: str, config: PretrainedConfig | None = None, seed: int = 0) -> PreTrainedModel:
     """A pretrained model in fp32, with the head that its config asks for.
 
-    :param path: a directory in Hugging Face layout, or an id of a hub.
+    :param path: as for `load_config`.
     :param config: says which head, and what labels; by default the model's own.
     :param seed: of the weights of a head that is new.
-    :raises ArtifactError: the path is neither.
+    :raises ArtifactError: there is no such model.
     """
     import torch
 
     config = config or load_config(path)
     # A classifier of other labels has a head of another size, which the new one replaces.
-    options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": is_classifier(config)}
+    wanted = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": is_classifier(config)}
     torch.manual_seed(seed)
-    try:
-        return _with_fixed_positions(model_class(config).from_pretrained(path, **options))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(_not_a_model(path, error)) from error
+    with _opened(path) as (place, options):
+        model = model_class(config).from_pretrained(place, **wanted, **options)
+    if options:  # transformers takes it for quantized, and would neither train nor save it
+        read, model = model, model_class(config).from_config(config)
+        model.load_state_dict(read.state_dict())
+    return _with_fixed_positions(model)
 
 
 def _with_fixed_positions(model: PreTrainedModel) -> PreTrainedModel:
@@ -254,14 +264,13 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
 
     BERT's texts end with `[SEP]`, and what has no padding (Llama) is padded with its end.
 
+    :param path: as for `load_config`.
     :raises ArtifactError: there is none.
     """
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(_not_a_model(path, error)) from error
+    with _opened(path) as (place, options):
+        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(place, **options)
     if tokenizer.eos_token is None:
         tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.pad_token is None:
@@ -269,12 +278,34 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> NDArray[np.int64]:
+    """(vocabulary,) bytes of UTF-8 text that each token stands for, 0 for special ones.
+
+    Tokens of byte-level tokenizers (GPT-2's) have one character for each byte; others (SentencePiece's) write a space
+    as `▁` and single bytes as `<0x0A>`.
+    """
+    import numpy as np
+
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    is_byte_level = '"ByteLevel"' in tokenizer.backend_tokenizer.to_str()
+
+    def size(token: str) -> int:
+        if is_byte_level:
+            return len(token)
+        return 1 if _BYTE_TOKEN.fullmatch(token) else len(token.replace("▁", " ").encode())
+
+    return np.asarray([0 if number in special else size(token) for number, token in enumerate(tokens)], np.int64)
+
+
 def check_model_directory(path: str | os.PathLike[str]) -> Path:
-    """The directory of a finished model.
+    """The directory of a finished model, or its only file (GGUF).
 
     :raises ArtifactError: it is missing, or lacks a config or weights.
     """
     directory = Path(path).expanduser()
+    if directory.suffix == GGUF and directory.is_file():
+        return directory
     if not directory.is_dir():
         raise ArtifactError(f"model {directory}: there is no such directory")
     if not (directory / "config.json").is_file():
@@ -332,5 +363,23 @@ def parameter_count(model: PreTrainedModel) -> int:
     return sum(math.prod(whole_shape(p)) for p in model.parameters() if p.requires_grad)
 
 
-def _not_a_model(path: str, error: Exception) -> str:
-    return f"model {path}: cannot be loaded by transformers: {first_line(error)}"
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What `from_pretrained` is told of a model: a directory or an id, and which file in it where it is a GGUF file.
+
+    :raises ArtifactError: it cannot read what is there.
+    """
+    try:
+        place = str(StoragePath(path).at_hand()) if "://" in path else path
+        if place.endswith(GGUF):
+            directory, _, file = place.rpartition("/")
+            yield directory or ".", {"gguf_file": file}
+        else:
+            yield place, {}
+    except ImportError as error:
+        if path.endswith(GGUF):
+            raise ArtifactError(f"model {StoragePath(path)}: to read it, `pip install 'raylm[gguf]'`") from error
+        raise
+    except (OSError, ValueError) as error:
+        where = StoragePath(path) if "://" in path else path
+        raise ArtifactError(f"model {where}: cannot be loaded by transformers: {first_line(error)}") from error

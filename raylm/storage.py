@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
+import shutil
 import time
 import urllib.parse
 import uuid
@@ -32,6 +34,11 @@ _COPY_BYTES = 8 << 20
 Rows = list[dict[str, Any]]
 
 _LOCAL = fs.LocalFileSystem()
+
+
+def cache_directory() -> Path:
+    """What raylm keeps on a machine: copies of remote files, converted models."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "raylm"
 
 
 _URI = re.compile(r"(?P<root>[a-z][a-z0-9+.-]*://[^/?]*)(?P<path>.*?)(?P<query>\?\w+=[^?]*)?", re.DOTALL)
@@ -105,6 +112,11 @@ class StoragePath:
         """The local path, or the URI without the passwords in it: what people and manifests may see."""
         is_remote = "://" in self.uri and not self.uri.startswith("file:")
         return _SECRETS.sub("", self.uri) if is_remote else self.path
+
+    @property
+    def address(self) -> str:
+        """What opens this place in any process of the cluster: the absolute path, or the URI with its passwords."""
+        return self.path if self.is_local else self.uri
 
     def local(self) -> Path:
         """The same place as a `pathlib.Path`; only for local storage."""
@@ -211,6 +223,32 @@ class StoragePath:
         for file, info in self.list():
             if info.is_file:
                 file.download(local / file.name)
+
+    def at_hand(self) -> Path:
+        """This file, or this directory with its files, on local disk: itself, or a copy.
+
+        A copy is made once on a machine, and again when what is on storage has changed.
+
+        :raises FileNotFoundError: there is nothing to copy.
+        """
+        if self.is_local:
+            return self.local()
+        files = [self] if self.is_file() else [file for file, info in self.list() if info.is_file]
+        if not files:
+            raise FileNotFoundError(f"there is nothing at {self}")
+        versions = [(file.name, file.info().size, file.info().mtime_ns) for file in files]
+        copies = cache_directory() / "copies"
+        copies.mkdir(parents=True, exist_ok=True)
+        place = copies / f"{self.name}-{fingerprint([self.uri, versions])}"
+        with place.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # others wait for the first; the system frees it if that one dies
+            if not place.is_dir():
+                partial = place.with_suffix(".partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                for file in files:
+                    file.download(partial / file.name)
+                partial.rename(place)
+        return place / self.name if files == [self] else place
 
     def content_hash(self) -> str:
         """The xxh3-128 of the file's bytes, in hex."""

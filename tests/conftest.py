@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pyarrow import fs
 
 from raylm.settings import Settings
 from raylm.storage import StoragePath
@@ -51,6 +52,20 @@ def data() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"needs the real text of {DATA}; set RAYLM_DATA to its folder")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[str]:
+    """The URI of a bucket on an S3 service of this process, to be completed with a key: `s3://…@corpus/{}?…`."""
+    moto = pytest.importorskip("moto.server")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    options = f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    filesystem, _ = fs.FileSystem.from_uri(f"s3://someone:secret@corpus/{options}&allow_bucket_creation=true")
+    filesystem.create_dir("corpus")
+    yield f"s3://someone:secret@corpus/{{}}{options}"
+    server.stop()
 
 
 @pytest.fixture

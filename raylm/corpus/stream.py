@@ -56,7 +56,7 @@ def open_stream(settings: Settings) -> Stream:
     prepared = Manifest.read(sample.root)
     if prepared is None or prepared.inputs.get("key") != sample.key:
         raise ArtifactError(f"corpus {sample.root}: not prepared with these settings; run `raylm prepare` first")
-    tokenizer = load_tokenizer(str(sample.root / TOKENIZER))
+    tokenizer = load_tokenizer((sample.root / TOKENIZER).address)
     documents = whole.corpus.documents
     tokens = [
         described.get("tokens", 0) * _bytes(whole, number) / max(_bytes(sample, number), 1)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
-from raylm.inference.model import cache_directory
-from raylm.storage import StoragePath
+from raylm.storage import StoragePath, cache_directory
 
 _CONNECT_TIMEOUT_S = 2.0
 _AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")

@@ -113,7 +113,7 @@ def run_batch(
         **asked,
         "column": job.columns[0],
         "to": to,
-        "model": info.uri,
+        "model": info.where,
         "model_fingerprint": info.fingerprint,
         "decode": decode.model_dump(),
         "chunk_rows": settings.batch.chunk_rows,

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from raylm.errors import ArtifactError
-from raylm.inference.model import ModelInfo, cache_directory, rename_or_discard
+from raylm.inference.model import ModelInfo, rename_or_discard
+from raylm.storage import cache_directory
 
 
 def converted_model(model: ModelInfo, quantization: str) -> Path:
@@ -59,7 +60,7 @@ def _convert(model: ModelInfo, quantization: str, target: Path) -> None:
         TransformersConverter(str(model.directory)).convert(str(target), quantization=quantization)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ArtifactError(f"model {model.uri}: CTranslate2 cannot convert it: {reason}") from error
+        raise ArtifactError(f"model {model.where}: CTranslate2 cannot convert it: {reason}") from error
     finally:
         if bars:
             logging.enable_progress_bar()
@@ -69,7 +70,7 @@ def _check_marian(model: ModelInfo, config: Any) -> None:
     """CTranslate2's loader cuts the last id off and starts from a zero embedding, whatever the start."""
     if config.pad_token_id != config.vocab_size - 1 or config.decoder_start_token_id != config.pad_token_id:
         raise ArtifactError(
-            f"model {model.uri}: a Marian needs <pad> as its last id ({config.vocab_size - 1}) and decoder start;"
+            f"model {model.where}: a Marian needs <pad> as its last id ({config.vocab_size - 1}) and decoder start;"
             f" found pad {config.pad_token_id}, start {config.decoder_start_token_id}"
         )
 

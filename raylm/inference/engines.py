@@ -227,7 +227,7 @@ class _Tokenizer:
                 self._slow = load_tokenizer(str(directory))
             except ImportError as error:
                 reason = " ".join(str(error).split())
-                raise ArtifactError(f"model {model.uri}: its tokenizer needs a package: {reason}") from error
+                raise ArtifactError(f"model {model.where}: its tokenizer needs a package: {reason}") from error
             around = self._slow("").input_ids
             vocabulary = self._slow.get_vocab()
         self._ids: dict[str, int] = vocabulary

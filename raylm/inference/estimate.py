@@ -48,7 +48,7 @@ def estimate(
         stage=f"batch-{task.name}",
         settings={
             "dry_run": True,
-            "model": model.uri,
+            "model": model.where,
             "decode": settings.decode.model_dump(),
             "workers": workers,
         },

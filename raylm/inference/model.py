@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +32,6 @@ _HASHED = (
     "*.spm",
     "*.model",
 )
-
-
-def cache_directory() -> Path:
-    """Where this machine keeps what it can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "raylm"
 
 
 def absolute(uri: str) -> str:
@@ -76,6 +68,11 @@ class ModelInfo:
         return StoragePath(self.uri).name
 
     @property
+    def where(self) -> str:
+        """Its directory as people may see it, without passwords."""
+        return str(StoragePath(self.uri))
+
+    @property
     def is_ours(self) -> bool:
         """Whether raylm made it, so that a task token stands before each text."""
         return self.tasks is not None
@@ -86,7 +83,7 @@ class ModelInfo:
 
         :raises ArtifactError: there is none, or none that can translate or summarise.
         """
-        directory = check_model_directory(_on_this_machine(path))
+        directory = check_model_directory(_at_hand(path))
         config = _read_json(directory / "config.json")
         _check_architecture(path, config)
         card = _read_json(directory / "raylm.json") if (directory / "raylm.json").is_file() else None
@@ -115,10 +112,10 @@ class ModelInfo:
         :raises ArtifactError: the model was not made for the task or the language.
         """
         if self.tasks is not None and task.name not in self.tasks:
-            raise ArtifactError(f"model {self.uri}: cannot {task.name}; its tasks: {', '.join(self.tasks)}")
+            raise ArtifactError(f"model {self.where}: cannot {task.name}; its tasks: {', '.join(self.tasks)}")
         if source_language and self.source_language and source_language != self.source_language:
             raise ArtifactError(
-                f"model {self.uri}: translates from '{self.source_language}', not from '{source_language}'"
+                f"model {self.where}: translates from '{self.source_language}', not from '{source_language}'"
             )
         if task.name != "translate":
             return task.prompt_token() if self.is_ours else None
@@ -136,11 +133,11 @@ class ModelInfo:
         if to is None and len(self.languages) == 1:
             return self.languages[0]
         if to is None:
-            raise ArtifactError(f"model {self.uri}: name a target language with --to; its languages: {listed}")
+            raise ArtifactError(f"model {self.where}: name a target language with --to; its languages: {listed}")
         for language in self.languages:
             if language.replace("_", "-").lower() == to.replace("_", "-").lower():
                 return language
-        raise ArtifactError(f"model {self.uri}: cannot translate to '{to}'; its languages: {listed}")
+        raise ArtifactError(f"model {self.where}: cannot translate to '{to}'; its languages: {listed}")
 
     def _knows(self, token: str) -> bool:
         """Whether a model made elsewhere has a language token, as multilingual OPUS-MT models do."""
@@ -187,27 +184,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _on_this_machine(path: str) -> Path:
-    """The local directory of a model; what a remote one holds is copied once for each state it was in."""
+def _at_hand(path: str) -> Path:
     place = StoragePath(path)
-    if place.is_local:
-        return place.local()
-    files = [(child, info) for child, info in place.list() if info.is_file]
-    if not files:
-        raise ArtifactError(f"model {path}: there is no such directory")
-    state = xxhash.xxh3_64(repr([(path, child.name, info.size, info.mtime_ns) for child, info in files]).encode())
-    target = cache_directory() / "models" / f"{place.name}-{state.hexdigest()}"
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    copy = Path(tempfile.mkdtemp(prefix=".copy-", dir=target.parent))
-    try:
-        for child, _ in files:
-            child.download(copy / child.name)
-        rename_or_discard(copy, target)
-    finally:
-        shutil.rmtree(copy, ignore_errors=True)
-    return target
+    if not place.is_local and not place.is_dir():
+        raise ArtifactError(f"model {place}: there is no such directory")
+    return place.at_hand()
 
 
 def rename_or_discard(made: Path, target: Path) -> None:

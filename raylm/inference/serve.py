@@ -316,7 +316,7 @@ def connect_to_service(
         wanted = ModelInfo.load(model)
         if wanted.fingerprint != served.fingerprint:
             raise RaylmError(
-                f"the service hosts {served.uri} ({served.fingerprint}), not {model} ({wanted.fingerprint});"
+                f"the service hosts {served.where} ({served.fingerprint}), not {model} ({wanted.fingerprint});"
                 " leave --model out, or serve that one"
             )
         served = replace(served, uri=model)

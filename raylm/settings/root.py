@@ -24,4 +24,6 @@ class Settings(Section):
 
 def model_directory(settings: Settings) -> str:
     """Where `raylm export` writes the finished model."""
-    return f"{settings.storage.rstrip('/')}/models/{settings.model.name}"
+    from raylm.storage import StoragePath
+
+    return (StoragePath(settings.storage) / "models" / settings.model.name).uri

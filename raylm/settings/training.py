@@ -54,6 +54,9 @@ class TrainingSettings(Section):
     spike_sigma: float | None = Field(default=None, gt=0)
     """Leave out, and count, micro-batches whose loss is so many standard deviations above that of the last ones, such
     as 6; ten in a row end training."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Validate and export an exponential moving average of the weights instead of the last ones: `0.999` averages over
+    about the last thousand steps."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 where the GPU has it, else fp32."""
@@ -83,6 +86,9 @@ class TrainingSettings(Section):
     """Offload to files on a fast local disk (NVMe) instead of to memory."""
     compile: bool = False
     """`torch.compile` the model: pays on long runs only."""
+    verify_data: bool = False
+    """Keep a hash of what each step reads, in the run's `data.jsonl`: the same for any number of workers. A step that
+    comes again after a restart and reads something else ends training."""
 
     @model_validator(mode="after")
     def _offloadable(self) -> Self:
@@ -120,6 +126,12 @@ class PretrainSettings(TrainingSettings):
     `raylm prepare` then prepares a sample of them (`corpus.tokenizer.sample_mb`), for the tokenizer and validation.
     Copies are found within `corpus.shard_mb` alone; a run that continues skips nothing, but reads some text again."""
 
+    @model_validator(mode="after")
+    def _verifiable(self) -> Self:
+        if self.stream and self.verify_data:
+            raise ValueError("verify_data has no effect with stream: true, whose batches are not the same in every run")
+        return self
+
 
 class LoraSettings(Section):
     """Low-rank adapters (Hu et al. 2021): small matrices that are trained beside frozen weights, then added to them."""
@@ -150,6 +162,9 @@ class FinetuneSettings(TrainingSettings):
     max_target_tokens: int = Field(default=128, ge=8)
     task_weights: dict[str, float] = Field(default_factory=dict)
     """How often a task's pairs are seen in an epoch, such as `{summarize: 0.5}`; 1 where not named."""
+    scored_rows: int = Field(default=0, ge=0)
+    """At each validation, answer so many validation pairs of each task and language, and log how good the answers are:
+    chrF of translations, ROUGE-L of summaries, accuracy of labels."""
     lora: LoraSettings | None = None
     """Train adapters instead of all weights: `{}` for the values below."""
 

@@ -7,24 +7,21 @@ indices (a few kilobytes) and reads its own slice alone.
 from __future__ import annotations
 
 import bisect
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from functools import cache, cached_property
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from raylm.errors import ArtifactError
-from raylm.storage import StoragePath, fingerprint
+from raylm.storage import StoragePath
 
 Indices = NDArray[np.int64]
 
 _FEISTEL_ROUNDS = 4
-_WIDTH_MULTIPLE = 8
-_POOL_EXAMPLES = 8_192
+_POOL_EXAMPLES = 65_536
 """Pairs are sorted by length within pools of this many, so that batches hold equal lengths in random order."""
 
 
@@ -60,7 +57,7 @@ class Shards:
         files = [file for file, _ in directory.list() if file.name.endswith(".arrow")]
         if not files:
             raise ArtifactError(f"{directory}: no token shards here; prepare a corpus that has such data")
-        tables = [pa.ipc.open_file(pa.memory_map(str(_local_copy(file)))).read_all() for file in files]
+        tables = [pa.ipc.open_file(pa.memory_map(str(file.at_hand()))).read_all() for file in files]
         self.table: pa.Table = pa.concat_tables(tables)
 
     def __len__(self) -> int:
@@ -75,19 +72,6 @@ class Shards:
             [chunk.values.to_numpy() for chunk in chunks],
             firsts,
         )
-
-
-def _local_copy(file: StoragePath) -> Path:
-    if file.is_local:
-        return file.local()
-    info = file.info()
-    key = fingerprint([file.uri, info.size, info.mtime_ns])
-    local = Path(tempfile.gettempdir()) / "raylm-shards" / key / file.name
-    if not local.exists():
-        partial = local.with_suffix(f".{np.random.default_rng().integers(1 << 32)}.tmp")
-        file.download(partial)
-        partial.replace(local)
-    return local
 
 
 class TokenLists:
@@ -153,46 +137,56 @@ class PackedOrder:
 class BucketedOrder:
     """Global batches of pairs with a bound on their padded tokens, so that few of them are padding.
 
-    :param lengths: padded tokens that each pair would fill: source and target, special tokens included.
+    Pairs are sorted by length within pools: by the last side, and of equal ones by the side before it.
+
+    :param sides: for each side that is padded by itself, such as sources and targets, the tokens that each pair has,
+        special ones included.
     :param weights: how often each pair is seen in an epoch; a fraction is drawn by lot each time.
-    :param batch_tokens: the bound on pairs × longest pair of one batch.
+    :param batch_tokens: the bound on a batch's pairs × the sum of the longest of each side.
     """
 
-    def __init__(self, lengths: NDArray[np.int64], weights: NDArray[np.float64], batch_tokens: int, seed: int) -> None:
-        self._lengths, self._weights, self._batch_tokens, self._seed = lengths, weights, batch_tokens, seed
-        self._epochs: list[list[Indices]] = []
-        self._ends: list[int] = []  # the first step after each epoch
+    def __init__(
+        self, sides: Sequence[NDArray[np.int64]], weights: NDArray[np.float64], batch_tokens: int, seed: int
+    ) -> None:
+        self._sides, self._weights, self._batch_tokens, self._seed = sides, weights, batch_tokens, seed
+        self._firsts = [0]  # the first step of each epoch, as far as they are known
+        self._epoch, self._batches = 0, self._plan(0)
 
     def batch(self, step: int) -> GlobalBatch:
-        while not self._ends or self._ends[-1] <= step:
-            plan = self._plan(len(self._epochs))
-            self._epochs.append(plan)
-            self._ends.append((self._ends[-1] if self._ends else 0) + len(plan))
-        epoch = bisect.bisect_right(self._ends, step)
-        first = self._ends[epoch - 1] if epoch else 0
-        indices = self._epochs[epoch][step - first]
-        return GlobalBatch(indices, np.full(len(indices), epoch, dtype=np.int64))
+        """The batches of one epoch are kept; those of another are planned anew, in 0.2 s for a million pairs."""
+        while True:
+            epoch = bisect.bisect_right(self._firsts, step) - 1
+            if epoch != self._epoch:
+                self._epoch, self._batches = epoch, self._plan(epoch)
+            number = step - self._firsts[epoch]
+            if number < len(self._batches):
+                indices = self._batches[number]
+                return GlobalBatch(indices, np.full(len(indices), epoch, dtype=np.int64))
+            self._firsts.append(self._firsts[epoch] + len(self._batches))
 
     def _plan(self, epoch: int) -> list[Indices]:
         generator = np.random.default_rng((self._seed, epoch))
         copies = np.floor(self._weights + generator.random(len(self._weights))).astype(np.int64)
-        examples = np.repeat(np.arange(len(self._lengths), dtype=np.int64), copies)
+        examples = np.repeat(np.arange(len(self._weights), dtype=np.int64), copies)
         generator.shuffle(examples)
         batches: list[Indices] = []
         for start in range(0, len(examples), _POOL_EXAMPLES):
             pool = examples[start : start + _POOL_EXAMPLES]
-            pool = pool[np.argsort(-self._lengths[pool], kind="stable")]
+            pool = pool[np.lexsort([side[pool] for side in self._sides])[::-1]]
             batches += self._cut(pool)
         order = generator.permutation(len(batches))
         return [batches[i] for i in order]
 
-    def _cut(self, descending: Indices) -> list[Indices]:
-        """Batches of examples sorted by falling length: the first of a batch is its longest."""
+    def _cut(self, pool: Indices) -> list[Indices]:
+        """Batches of examples whose last side falls, each as large as the bound lets it be."""
+        sides = [side[pool] for side in self._sides]
         batches, start = [], 0
-        while start < len(descending):
-            longest = int(self._lengths[descending[start]])
-            stop = start + max(self._batch_tokens // longest, 1)
-            batches.append(descending[start:stop])
+        while start < len(pool):
+            most = start + max(self._batch_tokens // int(sides[-1][start]), 1)
+            widths = np.sum([np.maximum.accumulate(side[start:most]) for side in sides], axis=0)  # up to each example
+            fitting = np.arange(1, len(widths) + 1) * widths <= self._batch_tokens
+            stop = start + max(int(np.count_nonzero(fitting)), 1)
+            batches.append(pool[start:stop])
             start = stop
         return batches
 
@@ -202,18 +196,26 @@ def micro_batches_for(global_batch_tokens: int, micro_batch_tokens: int, world_s
     return max(-(-global_batch_tokens // (world_size * micro_batch_tokens)), 1)
 
 
-def padded_length(tokens: int, multiple: int = _WIDTH_MULTIPLE) -> int:
-    """The width of a batch whose longest row has so many tokens: rounded up to a multiple."""
+@cache
+def width_multiple() -> int:
+    """What the widths of batches are rounded up to: 8 where there is a GPU, whose tensor cores want that, else 1."""
+    import torch
+
+    return 8 if torch.cuda.is_available() else 1
+
+
+def padded_length(tokens: int) -> int:
+    """The width of a batch whose longest row has so many tokens."""
+    multiple = width_multiple()
     return -(-tokens // multiple) * multiple
 
 
-def pad_to(rows: Sequence[NDArray[np.int64]], value: int, multiple: int = _WIDTH_MULTIPLE) -> NDArray[np.int64]:
+def pad_to(rows: Sequence[NDArray[np.int64]], value: int) -> NDArray[np.int64]:
     """Rows of different lengths as one array, filled up at the right.
 
-    :returns: (B, T), T the longest row rounded up to a multiple.
+    :returns: (B, T), with T the `padded_length` of the longest row.
     """
-    width = padded_length(max(len(row) for row in rows), multiple)
-    padded = np.full((len(rows), width), value, dtype=np.int64)
+    padded = np.full((len(rows), padded_length(max(map(len, rows)))), value, dtype=np.int64)
     for line, row in enumerate(rows):
         padded[line, : len(row)] = row
     return padded

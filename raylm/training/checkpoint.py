@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from raylm.errors import ArtifactError, OutputError, TrainingError, first_line
 from raylm.storage import MANIFEST, Manifest, StoragePath, fingerprint
+from raylm.training.average import AVERAGE, WeightAverage
 from raylm.training.zero import load_engine, to_universal
 
 if TYPE_CHECKING:
@@ -153,9 +154,10 @@ class Writer:
         self._commit: _Task | None = None
         """Of the manifest, on rank 0."""
 
-    def save(self, engine: DeepSpeedEngine, metrics: dict[str, Any]) -> None:
+    def save(self, engine: DeepSpeedEngine, average: WeightAverage | None, metrics: dict[str, Any]) -> None:
         """Write this rank's shards to local disk, and begin to publish them. A collective of all ranks.
 
+        :param average: of the weights, where one is kept.
         :param metrics: of the step that was taken last, with its number as `step`.
         :raises RaylmError: as `finish`, of the checkpoint before; or the local disk is full.
         """
@@ -171,6 +173,8 @@ class Writer:
         local = _staging(directory, rank)
         try:
             engine.save_checkpoint(str(local), tag=TAG, client_state={"step": metrics["step"]}, save_latest=False)
+            if average:
+                average.save(local)
         except (OSError, RuntimeError) as error:
             shutil.rmtree(local, ignore_errors=True)
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):
@@ -298,9 +302,10 @@ def _prune(run: StoragePath, keep_last: int) -> None:
 # -------------------------------------------------------------------------------------------- reading
 
 
-def load(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
+def load(engine: DeepSpeedEngine, average: WeightAverage | None, checkpoint: Checkpoint) -> None:
     """Put a checkpoint into an engine, also of another world size than it was saved by. A collective of all ranks.
 
+    :param average: where one of the weights is kept; the checkpoint has it too.
     The engine has to be built for it: see `needs_conversion`. Files are copied, and converted, once on each machine.
     """
     import ray.train
@@ -317,6 +322,8 @@ def load(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
             _prepare(checkpoint, place, needs_conversion(checkpoint, dist.get_world_size()))
         dist.barrier()
         load_engine(engine, place, TAG)
+        if average:
+            average.load(place)
         dist.barrier()
     finally:
         if leads:
@@ -332,13 +339,14 @@ def _prepare(checkpoint: Checkpoint, place: Path, convert: bool) -> None:
     """Put the files that DeepSpeed loads below a local directory."""
     local = checkpoint.localize()
     try:
-        if convert:
-            to_universal(local / TAG, place / TAG)
-        elif checkpoint.directory.is_local:
-            place.mkdir()
-            (place / TAG).symlink_to(local / TAG)
-        else:
-            shutil.move(local, place)
+        place.mkdir()
+        for part in (TAG, AVERAGE):
+            if part == TAG and convert:
+                to_universal(local / TAG, place / TAG)
+            elif (local / part).is_dir() and checkpoint.directory.is_local:
+                (place / part).symlink_to(local / part)
+            elif (local / part).is_dir():
+                shutil.move(local / part, place / part)
     finally:
         if not checkpoint.directory.is_local:
             shutil.rmtree(local, ignore_errors=True)

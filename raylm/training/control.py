@@ -77,6 +77,10 @@ class Relay:
 # ----------------------------------------------------------------------------------------- in a worker
 
 
+VOTES = 2
+"""How many questions the workers vote on."""
+
+
 class Attention:
     """Whether to pause, agreed among the workers in the sum over all ranks that each step makes anyway.
 

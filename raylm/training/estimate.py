@@ -161,6 +161,7 @@ def dry_run(settings: Settings, stage: Literal["pretrain", "finetune"]) -> Estim
         read = _read_pairs(training, start, corpus.directory, layout, scanned)
         largest = max(read, key=lambda batch: kept_bytes(model, batch, 4, on_gpu)[0] + loss_bytes(model, batch))
         layout, read = replace(layout, batch=largest), read * layout.workers
+    averages = training.ema_decay is not None
     held = memory(
         trained,
         frozen,
@@ -172,9 +173,10 @@ def dry_run(settings: Settings, stage: Literal["pretrain", "finetune"]) -> Estim
         layout.micro_batches > 1,
         on_gpu,
         training.offload if on_gpu or training.offload_directory else "none",
+        averages,
     )
     saved = Checkpoints(
-        bytes=checkpoint_bytes(trained, frozen, training.zero_stage, precision),
+        bytes=checkpoint_bytes(trained, frozen, training.zero_stage, precision, averages),
         kept=min(-(-training.steps // training.checkpoint_every), training.keep_last + 1),
     )
     if not on_gpu and _leaves_holes(training):

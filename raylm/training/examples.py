@@ -104,12 +104,16 @@ def open_split(job: TrainingJob, split: str, config: PretrainedConfig, tokenizer
         shards = Shards(tokens / "pairs" / split)
         sources, targets = TokenLists(shards, "source_ids"), TokenLists(shards, "target_ids")
         limits = (settings.max_source_tokens, settings.max_target_tokens)
-        lengths = np.minimum(sources.lengths, limits[0]) + np.minimum(targets.lengths, limits[1])
+        sides = [np.minimum(sources.lengths, limits[0]), np.minimum(targets.lengths, limits[1])]
         tasks = shards.table["task"].to_numpy(zero_copy_only=False)
         weights = pair_weights(tasks, settings.task_weights, objective)
         if not weights.any():
             raise ArtifactError(f"corpus {tokens}: pairs/{split} has nothing to learn '{objective}' from")
-        order: Order = BucketedOrder(lengths, weights, settings.global_batch_tokens, settings.seed)
+        if objective == CLASSIFY.name:
+            sides = sides[:1]
+        elif shape != "encoder-decoder":  # which reads both in one row
+            sides = [sides[0] + sides[1]]
+        order: Order = BucketedOrder(sides, weights, settings.global_batch_tokens, settings.seed)
         vocabulary = vocabulary_of(config, tokenizer)
         if objective == CLASSIFY.name:
             labels = label_numbers(shards.table["target"], models.labels_of(config))

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from raylm import models
 from raylm.metrics import perplexity
-from raylm.settings import FinetuneSettings
+from raylm.settings import FinetuneSettings, PretrainSettings
 from raylm.storage import StoragePath
 from raylm.training import checkpoint as checkpoints
+from raylm.training.average import WeightAverage
 from raylm.training.batches import micro_batches_for
 from raylm.training.checkpoint import Checkpoint
-from raylm.training.control import Attention
+from raylm.training.control import VOTES, Attention
 from raylm.training.examples import Batches, Split, open_split, open_training
 from raylm.training.guard import Patience, SpikeGuard
 from raylm.training.job import TrainingJob
+from raylm.training.objectives import objective_for
+from raylm.training.record import DataRecord
 from raylm.training.schedule import learning_rate
+from raylm.training.scoring import Scorer
 from raylm.training.steps import StepResult, train_step, validate
 from raylm.training.telemetry import MetricsLog, Reporter, Window
 from raylm.training.throughput import ModelFlops, dtype_of, group_peak, model_flops
@@ -26,6 +32,8 @@ from raylm.training.zero import born_sharded, build_engine, deepspeed_config, pr
 if TYPE_CHECKING:
     import torch
     from deepspeed.runtime.engine import DeepSpeedEngine
+    from numpy.typing import NDArray
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 
 def train_worker(job: TrainingJob, report: Reporter, attention: Attention | None = None) -> bool:
@@ -68,6 +76,7 @@ class _Worker:
         self._first_step = checkpoint.step if checkpoint else 0
         plain_settings = settings.model_dump(mode="json")
         self._log = MetricsLog(run, self._first_step, report, plain_settings) if leads else None
+        self._record = DataRecord(run, self._first_step) if leads and settings.verify_data else None
         self._writer = checkpoints.Writer(run, plain_settings, settings.keep_last)
         report({"step": self._first_step, "world_size": world_size})
 
@@ -79,7 +88,7 @@ class _Worker:
             result = self._step(step)
             done = step + 1
             is_last = done == settings.steps
-            pause = None if is_last else self._attention.reason(*result.votes)
+            pause = None if is_last else self._attention.reason(*result.tally[:VOTES])
             if done % settings.log_every == 0 or is_last:
                 self._note_window(step)
             is_saving = is_last or done % settings.checkpoint_every == 0
@@ -106,6 +115,7 @@ class _Worker:
         started = time.monotonic()
         batch = self._setup.training.micro_batches(step, *self._place)
         window.data_wait_s += time.monotonic() - started
+        hashes = [number for micro_batch in batch for number in micro_batch.hashes()] if settings.verify_data else []
         # Of step and rank alone, so that a run that continues draws the same dropout.
         torch.manual_seed(int(np.random.SeedSequence((settings.seed, step, self._rank)).generate_state(1)[0]))
         result = train_step(
@@ -115,9 +125,13 @@ class _Worker:
             settings.label_smoothing,
             self._device,
             self._guard,
-            self._attention.votes(),
+            (*map(int, self._attention.votes()), len(hashes), sum(hashes)),
             self._setup.flops,
         )
+        if self._setup.average:
+            self._setup.average.update(step + 1)
+        if self._record:
+            self._record.add(step + 1, *result.tally[VOTES:])
         window.add(
             result.loss_sum,
             result.target_tokens,
@@ -130,6 +144,8 @@ class _Worker:
 
     def _note_window(self, step: int) -> None:
         measured = self._window.metrics()
+        if self._record:
+            self._record.publish()
         if self._log:
             norm = self._setup.engine.get_global_grad_norm()
             gradient = {"gradient_norm": round(float(norm), 5)} if norm is not None else {}
@@ -139,10 +155,14 @@ class _Worker:
 
     def _validate(self, done: int) -> dict[str, float]:
         started = time.monotonic()
-        engine, batches = self._setup.engine, self._settings.validation_batches
-        loss = validate(engine, self._setup.validation, batches, self._place, self._device)
+        use, batches = self._setup, self._settings.validation_batches
+        with use.average.in_place() if use.average else nullcontext():
+            found = validate(use.engine, use.validation, batches, self._place, self._device, use.token_bytes)
+            scores = use.scorer.scores(use.engine) if use.scorer else {}
         self._window.validation_s += time.monotonic() - started
-        measured = {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
+        measured = {"validation_loss": found.loss, "validation_perplexity": perplexity(found.loss), **scores}
+        if found.bits_per_byte is not None:
+            measured["validation_bits_per_byte"] = found.bits_per_byte
         if self._log:
             self._log.add({"step": done, **measured})
         return measured
@@ -150,7 +170,8 @@ class _Worker:
     def _save(self, noted: dict[str, Any]) -> None:
         started = time.monotonic()
         state = {"guard": self._guard.state(), "patience": self._patience.state()}
-        self._writer.save(self._setup.engine, noted | self._setup.training.position(self._device) | state)
+        noted = noted | self._setup.training.position(self._device) | state
+        self._writer.save(self._setup.engine, self._setup.average, noted)
         if self._log:
             self._log.publish()
         self._window.checkpoint_s += time.monotonic() - started
@@ -165,8 +186,12 @@ class Setup(NamedTuple):
     """What a worker trains with."""
 
     engine: DeepSpeedEngine
+    average: WeightAverage | None
     training: Batches
     validation: Split
+    token_bytes: NDArray[np.int64] | None
+    """Bytes of text that each token stands for, where bits per byte are to be told."""
+    scorer: Scorer | None
     micro_batches: int
     """Of a step, on each worker."""
     flops: ModelFlops | None
@@ -178,8 +203,6 @@ def setup(job: TrainingJob, world_size: int, device: torch.device, checkpoint: C
 
     :param checkpoint: what the engine holds afterwards, unless it is None.
     """
-    from raylm import models
-
     settings = job.settings
     prepare_backend(device)
     tokenizer = models.load_tokenizer(job.model)
@@ -201,8 +224,30 @@ def setup(job: TrainingJob, world_size: int, device: torch.device, checkpoint: C
         model.gradient_checkpointing_enable({"use_reentrant": False})
     flops = model_flops(model)
     engine = build_engine(model, settings, zero_config, device)
+    average = WeightAverage(engine, settings.ema_decay) if settings.ema_decay else None
     if checkpoint:
-        checkpoints.load(engine, checkpoint)
+        checkpoints.load(engine, average, checkpoint)
     if settings.compile:
         engine.compile()
-    return Setup(engine, training, validation, micro_batches, flops)
+    return Setup(
+        engine=engine,
+        average=average,
+        training=training,
+        validation=validation,
+        token_bytes=models.token_bytes(tokenizer) if _learns_whole_texts(settings, config) else None,
+        scorer=_scorer(job, config, tokenizer),
+        micro_batches=micro_batches,
+        flops=flops,
+    )
+
+
+def _learns_whole_texts(settings: PretrainSettings | FinetuneSettings, config: PretrainedConfig) -> bool:
+    if isinstance(settings, FinetuneSettings):
+        return False
+    return objective_for(settings.objective, models.architecture(config)) == "causal"
+
+
+def _scorer(job: TrainingJob, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> Scorer | None:
+    if isinstance(job.settings, FinetuneSettings) and job.settings.scored_rows:
+        return Scorer(StoragePath(job.tokens), job.settings, config, tokenizer)
+    return None

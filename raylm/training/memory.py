@@ -235,6 +235,7 @@ def memory(
     accumulates: bool,
     on_gpu: bool,
     offload: Literal["none", "optimizer", "all"] = "none",
+    averages: bool = False,
 ) -> Memory:
     """What one worker holds (Rajbhandari et al. 2020, "ZeRO", section 5), in the way that DeepSpeed 0.19.8 does it.
 
@@ -246,6 +247,7 @@ def memory(
     :param activations: as `kept_bytes` tells them; `loss` are the loss's, gone when the backward pass reaches weights.
     :param accumulates: a step has several micro-batches, so there are gradients while a forward pass runs.
     :param offload: what lies elsewhere: the optimizer's state, or with ZeRO-3 also the weights.
+    :param averages: a moving average of the weights is kept, counted as weights.
     """
     kept, again = activations
     element = BYTES[precision]
@@ -278,19 +280,23 @@ def memory(
     peak = weights + optimizer - offloaded + max(standing + kept + max(loss, late + again), end)
     if not on_gpu and zero_stage < 3:  # where a model is first made, in fp32; stages 1 and 2 lay it out anew
         peak = max(peak, _FP32 * (trained + frozen) + (element * trained if zero_stage else 0))
+    average = averages * _FP32 * (trained // workers)
+    weights, peak = weights + average, peak + average
     total = weights + gradients + optimizer + kept + again + loss + buffers
     resident = peak if on_gpu else round(HOLES * peak)
     return Memory(weights, gradients, optimizer, kept + again + loss, buffers, total, offloaded, peak, resident)
 
 
-def checkpoint_bytes(trained: int, frozen: int, zero_stage: int, precision: str) -> int:
+def checkpoint_bytes(trained: int, frozen: int, zero_stage: int, precision: str, averages: bool = False) -> int:
     """Bytes of a checkpoint, all workers' files together: weights, and the optimizer's state with its own weights.
 
     Stage 0 has none of these in fp32, and stage 3 only these.
+
+    :param averages: a moving average of the weights is kept.
     """
     master = 0 if zero_stage == 0 and precision == "fp32" else _FP32
     saved = frozen if zero_stage == 3 else trained + frozen
-    return BYTES[precision] * saved + (master + _ADAM) * trained
+    return BYTES[precision] * saved + (master + _ADAM + averages * _FP32) * trained
 
 
 def _value(config: PretrainedConfig, *names: str, default: Any = None) -> Any:

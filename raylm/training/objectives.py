@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from raylm.errors import SettingsError
@@ -80,6 +81,24 @@ class MicroBatch:
         """Positions the model computes, encoder and decoder together."""
         decoder = self.inputs.get("decoder_input_ids")
         return int(self.inputs["input_ids"].size + (0 if decoder is None else decoder.size))
+
+    def hashes(self) -> list[int]:
+        """For each example that has something to learn, 32 bits of its tokens and labels, however it is padded."""
+        ids, mask = self.inputs["input_ids"], self.inputs["attention_mask"]
+        learned = self.labels != IGNORE
+        found = []
+        for row in np.flatnonzero(learned.reshape(len(ids), -1).any(axis=1)):
+            real = ids[row] if mask.ndim > 2 else ids[row][mask[row] != 0]  # packed sequences have one length
+            labels = self.labels[row][learned[row]] if self.labels.ndim > 1 else self.labels[row]
+            found.append(xxhash.xxh32_intdigest(real.tobytes() + labels.tobytes()))
+        return found
+
+    def target_bytes(self, token_bytes: NDArray[np.int64]) -> int:
+        """Of the text that the target tokens stand for.
+
+        :param token_bytes: (vocabulary,) of each token.
+        """
+        return int(token_bytes[self.labels[self.labels != IGNORE]].sum())
 
     def unlabelled(self) -> MicroBatch:
         """The same inputs with nothing to learn from."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raylm import models
@@ -43,9 +41,8 @@ def find_start(
         if Manifest.read(parent) is None:
             notes.append(f"{parent} has not finished: taken as the model that it would train")
         if (parent / MODEL / "config.json").is_file():
-            with tempfile.TemporaryDirectory(prefix="raylm-model-") as local:
-                (parent / MODEL).download_files(Path(local))
-                return Start(f"run {parent.name}", models.load_config(local), models.load_tokenizer(local))
+            place = (parent / MODEL).address
+            return Start(f"run {parent.name}", models.load_config(place), models.load_tokenizer(place))
     path = settings.model.start_from
     if path is None:
         tokenizer = _corpus_tokenizer(settings, tokens)
@@ -67,9 +64,7 @@ def find_start(
 def _corpus_tokenizer(settings: Settings, tokens: StoragePath | None) -> PreTrainedTokenizerFast:
     """The tokenizer of the corpus; before there is one, the one it is to be, or one with as many ids."""
     if tokens:
-        with tempfile.TemporaryDirectory(prefix="raylm-tokenizer-") as local:
-            (tokens / "tokenizer").download_files(Path(local))
-            return models.load_tokenizer(local)
+        return models.load_tokenizer((tokens / "tokenizer").address)
     if settings.corpus.tokenizer.start_from:
         return models.load_tokenizer(settings.corpus.tokenizer.start_from)
     return tokenizer_of_size(settings.corpus.tokenizer.vocab_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,10 @@ from raylm.training.objectives import IGNORE, MicroBatch
 from raylm.training.throughput import ModelFlops
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from deepspeed.runtime.engine import DeepSpeedEngine
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class StepResult:
     """Of the model, forward and backward; None where nobody knows."""
     skipped: int
     """Micro-batches that were left out as spikes."""
-    votes: tuple[int, ...]
-    """For each question, how many ranks said yes."""
+    tally: tuple[int, ...]
+    """What the ranks gave to be added up."""
 
 
 def train_step(
@@ -41,7 +44,7 @@ def train_step(
     label_smoothing: float,
     device: torch.device,
     guard: SpikeGuard,
-    votes: Sequence[bool] = (),
+    tally: Sequence[int] = (),
     flops: ModelFlops | None = None,
 ) -> StepResult:
     """One optimizer step over this rank's part of a global batch.
@@ -49,7 +52,7 @@ def train_step(
     The loss is the sum over the global batch's target tokens divided by their number, whatever rank and
     micro-batch they fell to: so its gradient does not depend on how the batch was dealt out.
 
-    :param votes: this rank's answers to questions that all ranks have to agree on.
+    :param tally: numbers of this rank, to be added up over all ranks: their sums are exact below 2^53.
     :raises TrainingError: training has diverged.
     """
     import torch
@@ -61,11 +64,11 @@ def train_step(
     padded = sum(micro_batch.padded_tokens for micro_batch in batch)
     real = sum(micro_batch.real_tokens for micro_batch in batch)
     cost = sum(flops.of_inputs(micro_batch.inputs) for micro_batch in batch) if flops else 0
-    counted = [*targets, padded, real, cost, *map(int, votes)]
+    counted = [*targets, padded, real, cost, *tally]
     counts = torch.tensor(counted, dtype=torch.float64).to(device)
     dist.all_reduce(counts)
     whole = [int(count) for count in counts.tolist()]
-    targets, (padded, real, cost, *said) = whole[: len(batch)], whole[len(batch) :]
+    targets, (padded, real, cost, *sums) = whole[: len(batch)], whole[len(batch) :]
     # DeepSpeed divides by the micro-batches and averages over the ranks; both are undone here.
     scale = len(batch) * dist.get_world_size() / max(sum(targets), 1)
     losses = torch.zeros(len(batch), dtype=torch.float64, device=device)
@@ -84,7 +87,7 @@ def train_step(
         guard.is_spike(float(losses.sum()) / max(sum(targets), 1))
     losses[skipped] = 0.0
     trained = sum(count for number, count in enumerate(targets) if number not in skipped)
-    return StepResult(float(losses.sum()), trained, padded, real, cost if flops else None, len(skipped), tuple(said))
+    return StepResult(float(losses.sum()), trained, padded, real, cost if flops else None, len(skipped), tuple(sums))
 
 
 def token_loss(engine: Any, micro_batch: MicroBatch, label_smoothing: float, device: torch.device) -> torch.Tensor:
@@ -107,24 +110,40 @@ def token_loss(engine: Any, micro_batch: MicroBatch, label_smoothing: float, dev
     )
 
 
+@dataclass(frozen=True)
+class Validation:
+    """Of the first global batches of a split."""
+
+    loss: float
+    """Mean cross entropy, in nats per target token."""
+    bits_per_byte: float | None
+    """The same in bits for each byte of UTF-8 text: comparable between tokenizers. None where bytes are not known."""
+
+
 def validate(
     engine: DeepSpeedEngine,
     split: Split,
     batches: int,
     place: tuple[int, int, int],
     device: torch.device,
-) -> float:
-    """Mean cross entropy, in nats per target token, over the first global batches of a split."""
+    token_bytes: NDArray[np.int64] | None = None,
+) -> Validation:
+    """
+    :param batches: how many.
+    :param token_bytes: (vocabulary,) bytes of text that each token stands for, where the targets are a whole text.
+    """
     import torch
     import torch.distributed as dist
 
     engine.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
     with torch.no_grad():
         for step in range(batches):
             for micro_batch in split.micro_batches(step, *place):
                 loss = token_loss(engine, micro_batch, 0.0, device)
-                totals += torch.tensor([float(loss), micro_batch.target_tokens], dtype=torch.float64).to(device)
+                size = 0 if token_bytes is None else micro_batch.target_bytes(token_bytes)
+                totals += torch.tensor([float(loss), micro_batch.target_tokens, size], dtype=torch.float64).to(device)
     engine.train()
     dist.all_reduce(totals)
-    return float(totals[0] / totals[1].clamp(min=1))
+    nats, tokens, size = totals.tolist()
+    return Validation(nats / max(tokens, 1), nats / math.log(2) / size if size else None)

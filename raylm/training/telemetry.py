@@ -39,6 +39,7 @@ MEANINGS = {
     "memory_gb": "most memory that the first worker has held, 10^9 bytes",
     "validation_loss": "mean loss on the validation split, nats per target token",
     "validation_perplexity": "exp of the validation loss",
+    "validation_bits_per_byte": "bits of the validation loss for each byte of text",
 }
 """What the values of a row are. The time of training is wall time without validation and checkpoints."""
 

@@ -15,6 +15,7 @@ from raylm.settings.training import LoraSettings
 from raylm.storage import Manifest, Stopwatch, StoragePath, fingerprint
 from raylm.tasks import CLASSIFY
 from raylm.training import checkpoint as checkpoints
+from raylm.training.average import averaged_weights
 from raylm.training.groups import choose_width, train_in_groups
 from raylm.training.job import TrainingJob
 from raylm.training.labels import label_names
@@ -48,6 +49,8 @@ _FREE = {
     "offload",
     "offload_directory",
     "compile",
+    "scored_rows",
+    "verify_data",
 }
 """What may change between two starts of one run: nothing of it changes what a step computes."""
 
@@ -100,12 +103,10 @@ def load_trained(run: StoragePath) -> tuple[PreTrainedModel, checkpoints.Checkpo
     import torch
 
     best = checkpoints.best(run)
-    with tempfile.TemporaryDirectory(prefix="raylm-model-") as local_model:
-        (run / MODEL).download_files(Path(local_model))
-        config = models.load_config(local_model)
+    config = models.load_config((run / MODEL).address)
     local = best.localize()
     try:
-        weights = whole_weights(local, best.manifest.settings["zero_stage"])
+        weights, averages = whole_weights(local, best.manifest.settings["zero_stage"]), averaged_weights(local)
     finally:
         if not best.directory.is_local:
             shutil.rmtree(local, ignore_errors=True)
@@ -114,6 +115,7 @@ def load_trained(run: StoragePath) -> tuple[PreTrainedModel, checkpoints.Checkpo
     if lora:
         model = models.with_lora(model, LoraSettings.model_validate(lora))
     missing, unexpected = model.load_state_dict(weights, strict=False)
+    model.load_state_dict(averages, strict=False)  # of what was trained, where they are kept
     model.tie_weights()
     # Tied weights are stored once, and fixed ones (sinusoidal positions) follow from the config.
     learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad or lora}
@@ -167,12 +169,12 @@ def _run(
         note(f"{stage}: {run} has {earlier.metrics['step']} steps already{early}")
         return earlier
 
-    start = _publish_start(run, parent) if parent else settings.model.start_from
+    start = _publish_start(run, parent or settings.model.start_from)
     job = TrainingJob(
         settings=training,
-        run=str(run),
-        tokens=str(tokens),
-        model=_publish_model_files(run, settings, training, tokens, start or str(tokens / "tokenizer")),
+        run=run.address,
+        tokens=tokens.address,
+        model=_publish_model_files(run, settings, training, tokens, start or (tokens / "tokenizer").address),
         start=start,
     )
     (run / RUN_FILE).write_json(fixed)
@@ -187,9 +189,9 @@ def _run(
     manifest = Manifest(
         stage=stage,
         settings={"model": settings.model.model_dump(mode="json"), stage: training.model_dump(mode="json")},
-        inputs={"tokens": str(tokens), "start": str(parent) if parent else start},
+        inputs={"tokens": str(tokens), "start": str(parent) if parent else settings.model.start_from},
         outputs=[{"name": f"checkpoints/{checkpoint.directory.name}"} for checkpoint in complete],
-        counts=stream.counts(str(run / RECORD), places + 1) if stream else {},
+        counts=stream.counts((run / RECORD).address, places + 1) if stream else {},
         metrics={
             "step": last.step,
             "stopped_early": last.step < training.steps,
@@ -265,13 +267,23 @@ def _started_with(run: StoragePath) -> dict[str, Any] | None:
     return before
 
 
-def _publish_start(run: StoragePath, parent: StoragePath) -> str:
-    """Put the weights of the parent's best checkpoint below the run, for workers on any machine to read."""
+def _publish_start(run: StoragePath, start: StoragePath | str | None) -> str | None:
+    """Where workers on any machine find the weights to start from: those of a run are put below this one.
+
+    :param start: a run, whose best checkpoint it is; or `model.start_from`, None of which starts afresh. What a GGUF
+        file holds is put below the run as well, as plain weights.
+    """
+    if start is None or (isinstance(start, str) and not start.endswith(models.GGUF)):
+        return start
     target = run / "start"
     with tempfile.TemporaryDirectory(prefix="raylm-start-") as local:
-        save_model(parent, Path(local))
+        if isinstance(start, str):
+            models.load_model(start).save_pretrained(local)
+            models.load_tokenizer(start).save_pretrained(local)
+        else:
+            save_model(start, Path(local))
         target.upload_files(Path(local))
-    return str(target)
+    return target.address
 
 
 def _publish_model_files(
@@ -298,4 +310,4 @@ def _publish_model_files(
             tokenizer.save_pretrained(local)
             config.save_pretrained(local)
             target.upload_files(Path(local))
-    return str(target)
+    return target.address

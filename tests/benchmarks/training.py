@@ -1,47 +1,108 @@
-"""`python -m tests.benchmarks.training`: how fast `raylm pretrain` and `raylm finetune` train, beside bare loops.
+"""`python -m tests.benchmarks.training`: how fast, how well and how safely raylm trains, beside Trainer and bare loops.
 
 Everything is trained on real text. raylm runs through its command line, in groups of workers that Ray Train makes; its
-speed is what it logs itself, without the steps of its first windows.
+speed is what it logs itself, without the steps of its first windows. The peers compute with the same torch and
+transformers, the same tokens and the same first weights. Fine-tuning for twenty minutes each makes this an hour and
+a half; `--only` measures a part.
 """
 
 from __future__ import annotations
 
 import json
+import random
+import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.commands import DATA, raylm_session, run_on_real_text
-from tests.benchmarks.measure import Goal, Row, beside, interleaved, run_script, succeeded
+from raylm.settings import FinetuneSettings, PretrainSettings
+from raylm.storage import StoragePath
+from raylm.training import checkpoint as checkpoints
+from raylm.training.telemetry import read_metrics
+from tests.benchmarks.commands import CPUS, DATA, TEXT, raylm_session, run_on_real_text
+from tests.benchmarks.measure import Goal, Row, beside, interleaved, mapped, run_script, single, succeeded
+from tests.training.runs import damage, losses
 
 PAIRS = DATA / "translate.en-de.docs.train.parquet"
+HELD_OUT = DATA / "translate.en-de.docs.validation.parquet"
+_HELD_OUT_ROWS = 936
+_MINUTES = 20
 _WARMUP = 20
 _STEPS = 120
+_KILLS = 20
+_FAULTS = 100
+_NEVER = 10**6
+"""Steps."""
+
+# A two million parameter Marian learns to translate in minutes by many small steps.
+_TRANSLATION: dict[str, Any] = {
+    "start": "scratch", "global_batch_tokens": 1_200, "micro_batch_tokens": 1_200, "learning_rate": 2e-3,
+    "schedule": "linear", "warmup_steps": 200, "min_learning_rate_ratio": 0.0, "max_source_tokens": 128,
+    "validation_batches": 1, "seed": 1,
+}  # fmt: skip
+
+
+def translation_corpus() -> dict[str, Any]:
+    pairs = {"type": "parquet", "source": "src", "target": "tgt", "to": "de"}
+    return {
+        "pairs": [pairs | {"path": str(PAIRS)}, pairs | {"path": str(HELD_OUT), "split": "test"}],
+        "tokenizer": {"vocab_size": 4_000},
+    }
+
+
+def text_corpus(sequence_length: int) -> dict[str, Any]:
+    return {
+        "documents": [{"type": "parquet", "path": str(TEXT)}],
+        "tokenizer": {"vocab_size": 4_000},
+        "sequence_length": sequence_length,
+    }
 
 
 @contextmanager
-def prepared(corpus: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def prepared(corpus: Mapping[str, Any], **sections: Any) -> Iterator[dict[str, Any]]:
     """The settings of a storage with that corpus in it."""
     with tempfile.TemporaryDirectory(prefix="raylm-benchmark-") as place:
-        settings = {"storage": place, "corpus": dict(corpus)}
-        with raylm_session("prepare", settings) as session:
-            session.wait()
+        settings = {"storage": place, "corpus": dict(corpus), **sections}
+        raylm("prepare", settings)
         yield settings
 
 
-def trained(settings: Mapping[str, Any], section: str, training: Mapping[str, Any]) -> dict[str, float]:
-    """What a run logged: the median speed of its windows after the first ones, and its losses."""
-    with raylm_session(section, {**settings, section: dict(training)}) as session:
-        session.wait()
-    run = Path(settings["storage"]) / "runs" / training["name"]
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    speeds = [row["tokens_per_s"] for row in rows if "loss" in row and row["step"] > _WARMUP]
-    return {"tokens_per_s": statistics.median(speeds)}
+def raylm(command: str, settings: Mapping[str, Any], **section: Any) -> dict[str, Any]:
+    """The manifest of a finished command."""
+    values = {**settings, command: {**settings.get(command, {}), **section}} if section else settings
+    with raylm_session(command, values) as session:
+        return dict(json.loads(session.wait().stdout))
+
+
+def run_of(settings: Mapping[str, Any], name: str) -> StoragePath:
+    return StoragePath(settings["storage"]) / "runs" / name
+
+
+def trained(settings: Mapping[str, Any], section: str, warmup: int = _WARMUP, **training: Any) -> dict[str, float]:
+    """What a run logged: the medians of its windows after the first steps."""
+    raylm(section, settings, **training)
+    rows = [row for row in read_metrics(run_of(settings, training["name"])) if "loss" in row and row["step"] > warmup]
+    names = ("tokens_per_s", "real_tokens_per_s", "mfu", "step_s")
+    return {name: statistics.median(row[name] for row in rows) for name in names}
+
+
+def full_settings(section: str, **training: Any) -> dict[str, Any]:
+    kind = FinetuneSettings if section == "finetune" else PretrainSettings
+    return kind.model_validate(training).model_dump(mode="json")
+
+
+def names(prefix: str) -> Iterator[str]:
+    """A name for each run, as one that is finished is not run again."""
+    return (f"{prefix}-{number}" for number in range(1_000))
+
+
+# -------------------------------------------------------------------------------------- beside bare loops
 
 
 def measure_overhead(scale: float) -> list[Row]:
@@ -51,41 +112,234 @@ def measure_overhead(scale: float) -> list[Row]:
         "steps": steps, "start": "scratch", "global_batch_tokens": 4_096, "micro_batch_tokens": 4_096, "log_every": 10,
         "validate_every": steps, "checkpoint_every": steps, "validation_batches": 1, "zero_stage": 1, "seed": 1,
     }  # fmt: skip
-    corpus = {"pairs": [{"type": "parquet", "path": str(PAIRS), "source": "src", "target": "tgt", "to": "de"}]}
     rows: list[Row] = []
-    with prepared(corpus) as settings:
-        names = iter(range(1_000))
+    with prepared(translation_corpus()) as settings:
+        name = names("overhead")
 
-        def raylm(workers: int) -> dict[str, float]:
-            return trained(settings, "finetune", training | {"workers": workers, "name": f"run-{next(names)}"})
+        def ours(workers: int) -> dict[str, float]:
+            return trained(settings, "finetune", **training, workers=workers, name=next(name))
 
-        raylm(1)  # leaves the config and the tokenizer that the bare loops take
-        model = Path(settings["storage"]) / "runs" / "run-0" / "model"
+        ours(1)  # leaves the config and the tokenizer that the bare loops take
         asked = {
-            "section": "finetune", "settings": training, "warmup": _WARMUP, "model": str(model),
-            "tokens": str(Path(settings["storage"]) / "tokens" / "default"),
+            "section": "finetune", "settings": training, "warmup": _WARMUP,
+            "model": str(run_of(settings, "overhead-0") / "model"), "tokens": f"{settings['storage']}/tokens/default",
         }  # fmt: skip
         for workers, loop, peer, bound in ((1, "torch", "PyTorch", 0.95), (2, "deepspeed", "DeepSpeed", 0.97)):
-            bare = partial(_bare, asked | {"workers": workers, "loop": loop})
-            found = interleaved({"raylm": partial(raylm, workers), "bare": bare})
+            bare = partial(run_script, sys.executable, "bare_loop.py", **asked, workers=workers, loop=loop)
+            found = interleaved({"raylm": partial(ours, workers), "bare": bare})
             rows.append(
                 beside(
                     f"fine-tuning on {workers} worker{'s' * (workers > 1)}, padded tokens",
                     [result["tokens_per_s"] for result in succeeded(found["raylm"])],
                     "tokens/s",
                     f"a bare loop of {peer}",
-                    [result["tokens_per_s"] for result in succeeded(found["bare"])],
+                    mapped(found["bare"], lambda result: float(result["tokens_per_s"])),
                     Goal("ratio", ">=", bound),
                 )
             )
     return rows
 
 
-def _bare(asked: dict[str, Any]) -> dict[str, Any]:
-    return run_script(sys.executable, "bare_loop.py", **asked)
+# ------------------------------------------------------------------------------------------ beside Trainer
 
 
-PARTS = {"overhead": measure_overhead}
+def measure_finetuning(scale: float) -> list[Row]:
+    """The speed of fine-tuning on pairs, and how well the models translate after the same time."""
+    steps = max(round(600 * scale), 4 * _WARMUP)
+    with prepared(translation_corpus(), evaluate={"rows_per_task": _HELD_OUT_ROWS}) as settings:
+        name = names("speed")
+
+        def ours() -> dict[str, float]:
+            values = {"steps": steps, "validate_every": steps, "checkpoint_every": steps, "log_every": 20}
+            return trained(settings, "finetune", **_TRANSLATION, **values, name=next(name))
+
+        ours()  # leaves the config and the tokenizer
+        model = run_of(settings, "speed-0") / "model"
+        pairs_a_step = _pairs_a_step(settings, str(model))
+
+        def trainer(sampling: str, steps: int, **asked: Any) -> dict[str, Any]:
+            training = full_settings("finetune", **_TRANSLATION, name="peer", steps=steps)
+            return run_script(
+                sys.executable, "with_trainer.py", work="pairs", settings=training, model=str(model),
+                tokens=f"{settings['storage']}/tokens/default", cpus=CPUS, warmup=_WARMUP, batch_size=pairs_a_step,
+                sampling=sampling, **asked,
+            )  # fmt: skip
+
+        by_length, by_default = partial(trainer, "group_by_length"), partial(trainer, "random")
+        found = interleaved({"raylm": ours, "sorted": partial(by_length, steps), "default": partial(by_default, steps)})
+        runs = succeeded(found["raylm"])
+        rows = [
+            beside(
+                "fine-tuning en-de, real tokens",
+                [run["real_tokens_per_s"] for run in runs],
+                "tokens/s",
+                f"Seq2SeqTrainer, {peer}",
+                mapped(found[key], lambda result: float(result["tokens_per_s"])),
+                Goal("ratio", ">=", bound),
+            )
+            for key, peer, bound in (("sorted", "group_by_length", 1.6), ("default", "its default sampler", 3.0))
+        ]
+        ours_s = statistics.median(run["step_s"] for run in runs)
+        peer_s = statistics.median(run["step_s"] for run in succeeded(found["sorted"]))
+        rows += _translation(settings, 60 * _MINUTES * scale, ours_s, peer_s, by_length)
+    return rows
+
+
+def _translation(
+    settings: Mapping[str, Any],
+    seconds: float,
+    ours_s: float,
+    peer_s: float,
+    trainer: Callable[..., dict[str, Any]],
+) -> list[Row]:
+    """How well the models translate after the same time.
+
+    :param ours_s: of a step of raylm; `peer_s` of Trainer. How many there are is to be known, for the learning rate.
+    """
+    values = _TRANSLATION | {"name": "translation", "steps": round(seconds / ours_s)}
+    start = time.perf_counter()
+    raylm("finetune", settings, **values, log_every=100, validate_every=1_000, checkpoint_every=1_000)
+    took = time.perf_counter() - start  # Ray's start and all checkpoints included
+    ours = raylm("evaluate", {**settings, "finetune": values})["metrics"]["translate-de"]
+    theirs = trainer(round(took / peer_s), rows=_HELD_OUT_ROWS, seconds=took)
+    peer = "Seq2SeqTrainer, group_by_length"
+    what = f"of {_HELD_OUT_ROWS} held-out sentences after {took / 60:.1f} minutes"
+    return [
+        beside(f"chrF {what}", [ours["chrf"]], "", peer, [theirs["chrf"]], Goal("ratio", ">=", 1)),
+        single(f"chrF {what}", [ours["chrf"]], "", Goal("value", ">=", 44)),
+        beside(f"BLEU {what}", [ours["bleu"]], "", peer, [theirs["bleu"]]),
+    ]
+
+
+def _pairs_a_step(settings: Mapping[str, Any], model: str) -> int:
+    """How many pairs raylm reads in a step, on average: what Trainer's batches have."""
+    from raylm import models
+    from raylm.training.examples import open_split
+    from raylm.training.job import TrainingJob
+
+    training = FinetuneSettings.model_validate(_TRANSLATION)
+    job = TrainingJob(training, "", f"{settings['storage']}/tokens/default", model, None)
+    split = open_split(job, "train", models.load_config(model), models.load_tokenizer(model))
+    return round(statistics.mean(len(split.order.batch(step).indices) for step in range(200)))
+
+
+def measure_pretraining(scale: float) -> list[Row]:
+    """The speed of causal pretraining with a Llama, and how much of the machine it uses."""
+    steps = max(round(60 * scale), 3 * _WARMUP)
+    training = {
+        "steps": steps, "global_batch_tokens": 4_096, "micro_batch_tokens": 2_048, "learning_rate": 1e-3, "seed": 1,
+        "log_every": 5, "validate_every": steps, "checkpoint_every": steps, "validation_batches": 1,
+        "schedule": "linear",
+    }  # fmt: skip
+    length = 256
+    with prepared(text_corpus(length), model={"family": "llama", "size": "small"}) as settings:
+        name = names("llama")
+
+        def ours() -> dict[str, float]:
+            return trained(settings, "pretrain", **training, compile=True, name=next(name))
+
+        ours()
+
+        def trainer(packed: bool) -> dict[str, Any]:
+            return run_script(
+                sys.executable, "with_trainer.py", work="documents", packed=packed, sampling="random", cpus=CPUS,
+                warmup=_WARMUP, settings=full_settings("pretrain", name="peer", **training),
+                batch_size=training["global_batch_tokens"] // length, tokens=f"{settings['storage']}/tokens/default",
+                model=str(run_of(settings, "llama-0") / "model"),
+            )  # fmt: skip
+
+        found = interleaved({"raylm": ours, "packed": partial(trainer, True), "padded": partial(trainer, False)})
+        ours_found = succeeded(found["raylm"])
+        speed = [result["real_tokens_per_s"] for result in ours_found]
+        return [
+            beside(
+                "pretraining a Llama, real tokens", speed, "tokens/s", f"Trainer, {peer}",
+                mapped(found[key], lambda result: float(result["tokens_per_s"])), Goal("ratio", ">=", 1.5),
+            )
+            for key, peer in (("packed", "packed as by run_clm.py"), ("padded", "padded documents"))
+        ] + [
+            single("model FLOPs utilisation of the measured matmul peak", [r["mfu"] for r in ours_found], "",
+                   Goal("value", ">=", 0.6)),
+        ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- faults
+
+_SMALL = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
+_SAFE: dict[str, Any] = {
+    "workers": 2, "global_batch_tokens": 2_048, "schedule": "constant", "learning_rate": 1e-3, "precision": "fp32",
+    "log_every": 1, "validate_every": _NEVER, "validation_batches": 1,
+}  # fmt: skip
+
+
+def measure_endurance(scale: float) -> list[Row]:
+    """Training that is killed at random times, beside the same training left alone."""
+    kills = max(round(_KILLS * scale), 1)
+    chance = random.Random(4)
+    rows = []
+    with prepared(text_corpus(256), model={"config": _SMALL}) as settings:
+        for stage in (1, 2, 3):
+            training = _SAFE | {"zero_stage": stage, "checkpoint_every": 25}
+            name = f"killed-{stage}"
+            for _ in range(kills):
+                values = {**settings, "pretrain": training | {"name": name, "steps": _NEVER}}
+                with raylm_session("pretrain", values) as session:
+                    time.sleep(chance.uniform(8, 20))
+                    session.kill()
+            reached = max((found.step for found in checkpoints.checkpoints(run_of(settings, name))), default=0)
+            steps = reached + 50
+            for run in (name, f"alone-{stage}"):
+                raylm("pretrain", settings, **training, name=run, steps=steps)
+            killed, alone = (losses(run_of(settings, run)) for run in (name, f"alone-{stage}"))
+            apart = max(abs(a - b) for a, b in zip(killed, alone, strict=True))
+            what = f"ZeRO-{stage}: {kills} kill -9, {steps} steps, largest difference of a loss"
+            rows.append(single(what, [apart], "nats", Goal("value", "<=", 1e-6)))
+    return rows
+
+
+def measure_widths(scale: float) -> list[Row]:
+    """Training that goes from two workers to one and back, beside the same training on two."""
+    part = max(round(40 * scale), 5)
+    rows = []
+    with prepared(text_corpus(256), model={"config": _SMALL}) as settings:
+        for stage in (1, 2, 3):
+            training = _SAFE | {"zero_stage": stage, "checkpoint_every": part, "name": f"changing-{stage}"}
+            for number, workers in enumerate((2, 1, 2), start=1):
+                raylm("pretrain", settings, **training | {"workers": workers, "steps": number * part})
+            raylm("pretrain", settings, **training | {"name": f"whole-{stage}", "steps": 3 * part})
+            changing, whole = (losses(run_of(settings, f"{run}-{stage}")) for run in ("changing", "whole"))
+            apart = max(abs(a - b) for a, b in zip(changing, whole, strict=True))
+            what = f"ZeRO-{stage}: 2 to 1 to 2 workers, {3 * part} steps, largest difference of a loss"
+            rows.append(single(what, [apart], "nats", Goal("value", "<=", 1e-5)))
+    return rows
+
+
+def measure_faults(scale: float) -> list[Row]:
+    """Checkpoints with files that are cut short, missing, changed by a bit or never written."""
+    faults = max(round(_FAULTS * scale), 4)
+    chance = random.Random(5)
+    loaded = 0
+    with prepared(text_corpus(256), model={"config": _SMALL}) as settings:
+        raylm("pretrain", settings, **_SAFE, zero_stage=2, name="faults", steps=20, checkpoint_every=10)
+        run = run_of(settings, "faults")
+        for number in range(faults):
+            with tempfile.TemporaryDirectory(prefix="raylm-faults-") as copy:
+                shutil.copytree(run.local() / "checkpoints", Path(copy) / "checkpoints")
+                kind = ("truncate", "drop", "flip", "die")[number % 4]
+                damage(Path(copy) / "checkpoints/step-00000020", kind, chance)
+                found = checkpoints.newest_sound(StoragePath(copy), lambda _: None)
+                loaded += found is None or found.step != 10
+    return [single(f"damaged checkpoints loaded, of {faults}", [loaded], "", Goal("value", "<=", 0))]
+
+
+PARTS = {
+    "overhead": measure_overhead,
+    "pretraining": measure_pretraining,
+    "finetuning": measure_finetuning,
+    "endurance": measure_endurance,
+    "widths": measure_widths,
+    "faults": measure_faults,
+}
 
 
 if __name__ == "__main__":

@@ -4,14 +4,12 @@ import gzip
 import itertools
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pyarrow import fs
 
 from raylm.corpus import sources
 from raylm.corpus.reading import read_texts, read_unit
@@ -19,6 +17,7 @@ from raylm.corpus.records import Document, Pair, Rejected
 from raylm.corpus.sources import Unit, plan_units
 from raylm.errors import InputError
 from raylm.settings import CorpusSettings, EvaluationSource
+from raylm.storage import StoragePath
 
 
 def corpus(**values: object) -> CorpusSettings:
@@ -268,15 +267,9 @@ def test_real_text_is_read_alike_from_every_type(data: Path, tmp_path: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """The URI of a bucket on an S3 service of this process, to be completed with a key, and its options."""
-    moto = pytest.importorskip("moto.server")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    options = f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-    filesystem, _ = fs.FileSystem.from_uri(f"s3://someone:secret@corpus/{options}&allow_bucket_creation=true")
-    filesystem.create_dir("corpus")
+def bucket(object_store: str) -> str:
+    """The URI of a bucket with some files, to be completed with a key, and its options."""
+    filesystem = StoragePath(object_store.format("")).filesystem
     for name, content in {
         "raw/part 1.parquet": _parquet_bytes(["one", "two"]),
         "raw/part-2[x].parquet": _parquet_bytes(["three"]),
@@ -285,8 +278,7 @@ def bucket() -> Iterator[str]:
     }.items():
         with filesystem.open_output_stream(f"corpus/{name}", compression=None) as stream:
             stream.write(content)
-    yield f"s3://someone:secret@corpus/{{}}{options}"
-    server.stop()
+    return object_store
 
 
 def _parquet_bytes(rows: list[str]) -> bytes:

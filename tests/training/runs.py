@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -53,3 +54,22 @@ def train_jobs(workers: int, jobs: list[TrainingJob], storage: Path) -> None:
             train_worker(job, lambda _: None)
 
     on_workers(workers, train_all, storage, jobs=jobs)
+
+
+def damage(directory: Path, kind: str, chance: random.Random) -> None:
+    """Do one of four kinds of harm to a checkpoint: `truncate`, `drop` or `flip` a file, or `die` while writing."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file() and file.parent.name != "parts")
+    victim = chance.choice(files)
+    data = victim.read_bytes()
+    if kind == "truncate":
+        victim.write_bytes(data[: chance.randrange(len(data))])
+    elif kind == "drop":
+        victim.unlink()
+    elif kind == "flip":
+        changed_data = bytearray(data)
+        changed_data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        victim.write_bytes(bytes(changed_data))
+    else:  # died between two files: the manifest and some of the files were never written
+        for file in chance.sample(files, chance.randint(1, len(files) - 1)):
+            file.unlink()
+        (directory / "manifest.json").unlink(missing_ok=True)

@@ -1,11 +1,26 @@
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylm.training.batches import BucketedOrder, GlobalBatch, PackedOrder, micro_batches_for, pad_to, permute
+from raylm.storage import StoragePath
+from raylm.training import batches
+from raylm.training.batches import (
+    BucketedOrder,
+    GlobalBatch,
+    PackedOrder,
+    Shards,
+    TokenLists,
+    micro_batches_for,
+    pad_to,
+    permute,
+)
 
 
 @given(st.integers(1, 3_000), st.integers(0, 2**31))
@@ -49,7 +64,7 @@ def test_ranks_and_micro_batches_together_are_the_global_batch(world_size: int) 
 
 def _bucketed(seed: int = 1, weights: np.ndarray | None = None) -> tuple[BucketedOrder, np.ndarray]:
     lengths = np.random.default_rng(0).integers(4, 200, 20_000)
-    return BucketedOrder(lengths, np.ones(len(lengths)) if weights is None else weights, 2_048, seed), lengths
+    return BucketedOrder([lengths], np.ones(len(lengths)) if weights is None else weights, 2_048, seed), lengths
 
 
 def test_bucketed_batches_keep_the_token_budget_with_little_padding() -> None:
@@ -60,6 +75,21 @@ def test_bucketed_batches_keep_the_token_budget_with_little_padding() -> None:
         size = len(indices) * lengths[indices].max()
         assert size <= 2_048
         padded, real = padded + size, real + lengths[indices].sum()
+    assert real / padded > 0.95
+
+
+def test_sources_and_targets_are_padded_little_together() -> None:
+    """Lengths as in text: a target is as long as its source, about."""
+    chance = np.random.default_rng(0)
+    sources = chance.lognormal(3, 0.7, 60_000).astype(np.int64) + 2
+    targets = np.maximum((sources * chance.normal(1.1, 0.25, len(sources))).astype(np.int64), 2)
+    order = BucketedOrder([sources, targets], np.ones(len(sources)), 1_200, seed=1)
+    padded = real = 0
+    for step in range(300):
+        indices = order.batch(step).indices
+        size = len(indices) * (sources[indices].max() + targets[indices].max())
+        assert size <= 1_200 or len(indices) == 1
+        padded, real = padded + size, real + (sources + targets)[indices].sum()
     assert real / padded > 0.95
 
 
@@ -92,6 +122,39 @@ def test_micro_batches_follow_from_the_bounds() -> None:
     assert micro_batches_for(4_097, 1_024, 2) == 3
 
 
-def test_pad_to_rounds_the_width_up() -> None:
+@pytest.mark.parametrize(("multiple", "fill"), [(1, []), (8, [9] * 5)])
+def test_widths_are_rounded_up_for_a_gpu_alone(monkeypatch: pytest.MonkeyPatch, multiple: int, fill: list[int]) -> None:
+    monkeypatch.setattr(batches, "width_multiple", lambda: multiple)
     rows = [np.asarray([1, 2, 3]), np.asarray([4])]
-    assert pad_to(rows, 9, multiple=4).tolist() == [[1, 2, 3, 9], [4, 9, 9, 9]]
+    assert pad_to(rows, 9).tolist() == [[1, 2, 3, *fill], [4, 9, 9, *fill]]
+    assert batches.padded_length(3) == 3 + len(fill)
+
+
+def test_an_epoch_is_planned_again_as_it_was() -> None:
+    order, _ = _bucketed()
+    steps = [0, 5_000, 3, 9_000, 5_000, 0]
+    read = [order.batch(step) for step in steps]
+    assert np.array_equal(read[1].indices, read[4].indices)
+    assert np.array_equal(read[0].indices, read[5].indices)
+    assert read[0].epochs[0] == 0
+    assert read[3].epochs[0] > read[1].epochs[0] > 0
+
+
+def test_the_first_batch_is_there_at_once_anywhere_in_a_million_sequences(tmp_path: Path) -> None:
+    """Shards opened, batch chosen and read, as a run that continues does."""
+    size, length = 1_000_000, 32
+    ids = np.arange(size * length, dtype=np.uint16)
+    offsets = np.arange(0, size * length + 1, length, dtype=np.int32)
+    table = pa.table({"input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids))})
+    with pa.ipc.new_file(str(tmp_path / "shard.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    for step in (0, 123_456, 40_000_000):
+        start = time.perf_counter()
+        rows = TokenLists(Shards(StoragePath(str(tmp_path))), "input_ids")
+        for order in (PackedOrder(size, 16, 1), BucketedOrder([rows.lengths], np.ones(size), 16 * length, 1)):
+            if step < 1_000_000 or isinstance(order, PackedOrder):
+                batch = order.batch(step)
+                assert [rows[int(index)][0] for index in batch.indices] == [
+                    int(index) * length % (1 << 16) for index in batch.indices
+                ]
+        assert time.perf_counter() - start < 5

@@ -18,8 +18,9 @@ from raylm.errors import ArtifactError, SettingsError
 from raylm.settings import Settings
 from raylm.settings.training import LoraSettings
 from raylm.storage import StoragePath
-from raylm.training.evaluate import classify, evaluate, generate, lead_sentence, padded
+from raylm.training.evaluate import evaluate, lead_sentence
 from raylm.training.export import export
+from raylm.training.generation import classify, generate, padded
 from raylm.training.telemetry import read_metrics
 from raylm.training.trainer import finetune, load_trained, pretrain, run_directory
 from tests.training.runs import changed, losses, on_workers
@@ -119,9 +120,9 @@ def test_a_decoder_answers_a_batch_as_it_answers_each_alone(corpus: StoragePath)
 def test_padding_stands_before_the_text_of_a_decoder() -> None:
     rows = [np.asarray([5, 6, 7]), np.asarray([8])]
     ids, mask = padded(rows, pad=9, at_left=True)
-    assert ids.tolist() == [[9, 9, 9, 9, 9, 5, 6, 7], [9, 9, 9, 9, 9, 9, 9, 8]]
+    assert ids.tolist() == [[5, 6, 7], [9, 9, 8]]
     assert mask.sum(axis=1).tolist() == [3, 1]
-    assert padded(rows, pad=9)[0].tolist() == [[5, 6, 7, 9, 9, 9, 9, 9], [8, 9, 9, 9, 9, 9, 9, 9]]
+    assert padded(rows, pad=9)[0].tolist() == [[5, 6, 7], [8, 9, 9]]
 
 
 def test_the_first_sentence_is_a_summary() -> None:

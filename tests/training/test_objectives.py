@@ -81,12 +81,12 @@ def test_infilling_is_what_the_docstring_says() -> None:
 
 
 def test_the_decoder_reads_labels_shifted_right() -> None:
-    batch = seq2seq_batch([np.asarray([30, 2])], [np.asarray([40, 41, 2])], VOCABULARY)
-    assert batch.labels[0, :3].tolist() == [40, 41, 2]
-    assert set(batch.labels[0, 3:]) == {IGNORE}
-    assert batch.inputs["decoder_input_ids"][0, :3].tolist() == [99, 40, 41]
-    assert batch.inputs["attention_mask"].sum() == 2
-    assert batch.target_tokens == 3
+    sources, targets = [np.asarray([30, 2]), np.asarray([31, 32, 2])], [np.asarray([40, 41, 2]), np.asarray([42, 2])]
+    batch = seq2seq_batch(sources, targets, VOCABULARY)
+    assert batch.labels.tolist() == [[40, 41, 2], [42, 2, IGNORE]]
+    assert batch.inputs["decoder_input_ids"].tolist() == [[99, 40, 41], [99, 42, 2]]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch.target_tokens == 5
     assert batch.unlabelled().target_tokens == 0
 
 
@@ -146,17 +146,17 @@ def test_a_decoder_reads_source_and_target_and_learns_the_target() -> None:
     targets = [np.asarray([40, 2]), np.asarray([41, 42, 43, 2])]
     batch = prefix_batch(sources, targets, VOCABULARY)
     assert batch.inputs["input_ids"].tolist() == [
-        [30, 31, 2, 40, 2, 99, 99, 99],
-        [32, 2, 41, 42, 43, 2, 99, 99],
+        [30, 31, 2, 40, 2, 99],
+        [32, 2, 41, 42, 43, 2],
     ]
     assert batch.labels.tolist() == [
-        [IGNORE, IGNORE, 40, 2, IGNORE, IGNORE, IGNORE, IGNORE],
-        [IGNORE, 41, 42, 43, 2, IGNORE, IGNORE, IGNORE],
+        [IGNORE, IGNORE, 40, 2, IGNORE, IGNORE],
+        [IGNORE, 41, 42, 43, 2, IGNORE],
     ]
     assert batch.inputs["attention_mask"].sum(axis=1).tolist() == [5, 6]
-    assert batch.inputs["position_ids"][0].tolist() == [0, 1, 2, 3, 4, 4, 4, 4]
+    assert batch.inputs["position_ids"][0].tolist() == [0, 1, 2, 3, 4, 4]
     assert batch.target_tokens == 6
-    assert batch.padded_tokens == 16
+    assert batch.padded_tokens == 12
 
 
 def test_a_cut_text_still_ends() -> None:
@@ -244,7 +244,7 @@ def test_a_classifier_reads_texts_and_their_numbers(tmp_path: Path) -> None:
     assert labels.tolist() == [1, IGNORE, 0]
     source = LabelledTexts(TokenLists(shards, "source_ids"), labels, VOCABULARY, max_source_tokens=3)
     batch = source.micro_batch(GlobalBatch(np.asarray([2, 0]), np.zeros(2, np.int64)))
-    assert batch.inputs["input_ids"][:, :4].tolist() == [[33, 2, 99, 99], [30, 31, 2, 99]]
+    assert batch.inputs["input_ids"].tolist() == [[33, 2, 99], [30, 31, 2]]
     assert batch.inputs["attention_mask"].sum(axis=1).tolist() == [2, 3]
     assert batch.labels.tolist() == [0, 1]
     assert batch.target_tokens == 2

@@ -1,0 +1,48 @@
+"""The whole road with everything on an object store: corpus, runs, checkpoints, models, batches."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raylm.settings import Settings
+from raylm.storage import StoragePath
+from raylm.tasks import TRANSLATE
+from raylm.training import checkpoint as checkpoints
+from raylm.training.telemetry import read_metrics
+from raylm.training.trainer import finetune, pretrain, run_directory
+from tests.training.runs import changed, losses
+
+
+@pytest.mark.slow
+def test_from_text_to_translations_on_s3(small_settings: Settings, object_store: str, ray_cluster: None) -> None:
+    from raylm.corpus.prepare import prepare
+    from raylm.inference.batch import run_batch
+    from raylm.training.evaluate import evaluate
+    from raylm.training.export import export
+
+    settings = changed(small_settings, pretrain={"workers": 2}, finetune={"workers": 2, "ema_decay": 0.9})
+    settings = settings.model_copy(update={"storage": object_store.format("raylm")})
+    prepare(settings)
+    pretrain(settings.model_copy(update={"pretrain": settings.pretrain.model_copy(update={"steps": 6})}))
+    pretrained = pretrain(settings)  # continues from a checkpoint in the store
+    run = run_directory(settings, "pretrain")
+    assert [found.step for found in checkpoints.checkpoints(run)] == [6, 12]
+    assert all(found.fault() is None for found in checkpoints.checkpoints(run))
+    assert [row["step"] for row in read_metrics(run) if "loss" in row] == list(range(1, 13))
+    assert pretrained.metrics["step"] == 12
+    tuned = finetune(settings)
+    assert losses(run_directory(settings, "finetune"))[-1] < losses(run_directory(settings, "finetune"))[0] - 0.5
+    assert evaluate(settings).metrics["translate-de"]["rows"] == 20
+    exported = export(settings)
+    for manifest in (pretrained, tuned, exported):
+        assert "secret" not in json.dumps([manifest.inputs, manifest.outputs, manifest.directory])
+
+    rows = StoragePath(object_store.format("in.parquet"))
+    with rows.writing() as stream:
+        pq.write_table(pa.table({"text": ["Monday", "5 May 2025"]}), stream)
+    done = run_batch(settings, TRANSLATE, rows.uri, output=object_store.format("out.parquet"), to="de")
+    assert done.counts["rows"] == 2

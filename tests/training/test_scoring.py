@@ -1,0 +1,83 @@
+"""What validation says besides a loss: scores of answers, and bits for each byte of text."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders
+from tokenizers import models as tokenizer_models
+from transformers import PreTrainedTokenizerFast
+
+from raylm import metrics, models
+from raylm.settings import Settings
+from raylm.storage import StoragePath
+from raylm.tasks import TASKS
+from raylm.training.generation import answers, read_held_out
+from raylm.training.telemetry import read_metrics
+from raylm.training.trainer import finetune, load_trained, pretrain, run_directory
+from tests.training.runs import changed
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_answers_are_scored_while_training(small_settings: Settings, corpus: StoragePath, stage: int) -> None:
+    """By two workers, as the model of the same step scores afterwards."""
+    name = f"scored-{stage}"
+    tuning = {"name": name, "start": "scratch", "scored_rows": 9, "zero_stage": stage, "workers": 2}
+    steps = {"steps": 40, "validate_every": 40, "checkpoint_every": 40}
+    settings = changed(small_settings, finetune=tuning | steps)
+    finetune(settings)
+    run = run_directory(settings, name)
+    [said] = [row for row in read_metrics(run) if "validation_loss" in row]
+    model, _ = load_trained(run)
+    tokenizer = models.load_tokenizer(str(corpus / "tokenizer"))
+    held_out = read_held_out(corpus, "validation", 9, labelled=False)
+    assert [found.name for found in held_out] == ["translate-de", "summarize"]
+    for found in held_out:
+        texts = answers(model, tokenizer, found.source_ids, settings.finetune)
+        score = TASKS[found.task].metrics[0]
+        expected = metrics.score((score,), texts, found.targets, found.to)[score]
+        key = {"translate-de": "chrf_translate_de", "summarize": "rougel_summarize"}[found.name]
+        assert said[key] == pytest.approx(expected, abs=0.01)
+    assert said["chrf_translate_de"] > 0
+
+
+def test_bits_per_byte_are_those_of_the_text(small_settings: Settings, corpus: StoragePath) -> None:
+    model = {"family": "llama", "config": {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}}
+    values = {"name": "bits", "workers": 2, "steps": 4, "validation_batches": 1_000}
+    settings = changed(small_settings, model=model, pretrain=values)
+    pretrain(settings)
+    [said] = [row for row in read_metrics(run_directory(settings, "bits")) if "validation_loss" in row]
+    # A thousand batches are the whole split, some times over: tokens and bytes of each document but its first token.
+    tokenizer = models.load_tokenizer(str(corpus / "tokenizer"))
+    from raylm.training.batches import Shards, TokenLists
+
+    shards = Shards(corpus / "documents" / "validation")
+    ids, lengths = TokenLists(shards, "input_ids"), TokenLists(shards, "document_lengths")
+    tokens = size = 0
+    for row in range(len(shards)):
+        for start, length in zip(np.cumsum(lengths[row]) - lengths[row], lengths[row], strict=True):
+            predicted = ids[row][start + 1 : start + length]
+            tokens += len(predicted)
+            size += len(tokenizer.backend_tokenizer.decoder.decode(
+                tokenizer.convert_ids_to_tokens(predicted[predicted != tokenizer.eos_token_id].tolist())
+            ).encode(errors="surrogateescape"))  # fmt: skip
+    expected = said["validation_loss"] / math.log(2) * tokens / size
+    assert said["validation_bits_per_byte"] == pytest.approx(expected, rel=0.02)
+
+
+def test_every_token_has_its_bytes(corpus: StoragePath, tmp_path: Path) -> None:
+    tokenizer = models.load_tokenizer(str(corpus / "tokenizer"))
+    sizes = models.token_bytes(tokenizer)
+    text = "Grüße, 世界!\n\tdef f(x): return x"
+    assert sizes[tokenizer(text, add_special_tokens=False)["input_ids"]].sum() == len(text.encode())
+    assert sizes[[tokenizer.pad_token_id, tokenizer.eos_token_id]].tolist() == [0, 0]
+
+    pieces = {"<unk>": 0, "▁Hello": 1, "<0x0A>": 2, "世": 3, "▁": 4}
+    backend = Tokenizer(tokenizer_models.WordLevel(pieces, unk_token="<unk>"))
+    backend.decoder = decoders.Metaspace()
+    backend.add_special_tokens(["</s>"])
+    metaspace = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    assert models.token_bytes(metaspace).tolist() == [0, 6, 1, 3, 1, 0]
