@@ -269,6 +269,8 @@ def ray_session(join: bool = False) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     if address in (None, "local"):
         _use_own_token()
+        # Workers that compute together all wait for the one that another process of this machine holds up.
+        os.environ.setdefault("RAY_worker_niceness", "0")
     if join and not address:
         from raylm.inference.address import noted_service
 

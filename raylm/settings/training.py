@@ -58,11 +58,13 @@ class TrainingSettings(Section):
     """Validate and export an exponential moving average of the weights instead of the last ones: `0.999` averages over
     about the last thousand steps."""
     zero_stage: Literal[0, 1, 2, 3] = 1
+    """What the workers share out instead of holding it each: nothing, which is fastest where a model is small; the
+    optimizer's state; gradients as well; weights as well."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 where the GPU has it, else fp32."""
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], int] = "auto"
-    """`auto`: one for each GPU of the cluster, or without GPUs one for each CPU, four at most. `[1, 4]`: as many of
-    these as there are machines for, more when some come and fewer when some go."""
+    """`auto`: one for each GPU of the cluster, or without GPUs one for each CPU, four at most, which share the CPUs.
+    `[1, 4]`: as many of these as there are machines for, more when some come and fewer when some go."""
     seed: int = 1
     log_every: int = Field(default=10, ge=1)
     validate_every: int = Field(default=100, ge=1)
@@ -84,6 +86,9 @@ class TrainingSettings(Section):
     """Keep the optimizer's state in the machine's memory instead of the GPU's, or with ZeRO-3 also the weights."""
     offload_directory: str | None = None
     """Offload to files on a fast local disk (NVMe) instead of to memory."""
+    kernels: Literal["auto", "torch"] = "auto"
+    """`auto`: on GPUs, FlashAttention and Liger's kernels where `raylm[gpu]` is installed and the model has them;
+    `torch`: PyTorch's own."""
     compile: bool = False
     """`torch.compile` the model: pays on long runs only."""
     verify_data: bool = False

@@ -13,6 +13,7 @@ from raylm.storage import Manifest, StoragePath
 from raylm.tasks import CLASSIFY
 from raylm.training.batches import BucketedOrder, GlobalBatch, PackedOrder, Shards, TokenLists
 from raylm.training.job import TrainingJob
+from raylm.training.kernels import FLASH
 from raylm.training.labels import label_numbers
 from raylm.training.objectives import (
     LabelledTexts,
@@ -149,12 +150,14 @@ def _self_supervision(
 ) -> SelfSupervision:
     from raylm import models
 
+    objective = objective_for(settings.objective, models.architecture(config))
     return SelfSupervision(
-        objective_for(settings.objective, models.architecture(config)),
+        objective,
         vocabulary_of(config, tokenizer),
         settings.noise_density,
         settings.mean_span_tokens,
         settings.denoise_target,
+        is_flat=objective == "causal" and config._attn_implementation == FLASH,
     )
 
 

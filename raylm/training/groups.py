@@ -39,11 +39,13 @@ class Width:
     least: int
     most: int
     use_gpu: bool
+    cpus: int = 1
+    """Of each worker: as many threads compute where there is no GPU."""
 
     @property
     def resources(self) -> dict[str, float]:
         """Of one worker."""
-        return {"CPU": 1, **({"GPU": 1} if self.use_gpu else {})}
+        return {"CPU": self.cpus, **({"GPU": 1} if self.use_gpu else {})}
 
     @property
     def is_elastic(self) -> bool:
@@ -71,7 +73,19 @@ def choose_width(training: PretrainSettings | FinetuneSettings, cpus_for_data: i
         kind = "GPUs" if gpus else "CPUs"
         beside = f", {cpus_for_data} CPU of which {training.section}.stream needs" if cpus_for_data else ""
         raise TrainingError(f"{training.section}.workers is {least}, the cluster has {gpus or cpus} {kind}{beside}")
-    return Width(least, most, bool(gpus))
+    is_elastic = least < most
+    return Width(least, most, bool(gpus), 1 if gpus or is_elastic else _cpus_each(least, cpus_for_data))
+
+
+def _cpus_each(workers: int, cpus_for_data: int) -> int:
+    """The most CPUs that each of some workers can have, all of one worker's on one machine."""
+    import ray
+
+    machines = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    cpus = max((sum(machines) - cpus_for_data) // workers, 1)
+    while cpus > 1 and sum(machine // cpus for machine in machines) < workers:
+        cpus -= 1
+    return cpus
 
 
 def _possible(width: Width) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 
 from raylm import models
 from raylm.metrics import perplexity
-from raylm.settings import FinetuneSettings, PretrainSettings
+from raylm.settings import FinetuneSettings
 from raylm.storage import StoragePath
 from raylm.training import checkpoint as checkpoints
 from raylm.training.average import WeightAverage
@@ -20,6 +21,7 @@ from raylm.training.control import VOTES, Attention
 from raylm.training.examples import Batches, Split, open_split, open_training
 from raylm.training.guard import Patience, SpikeGuard
 from raylm.training.job import TrainingJob
+from raylm.training.kernels import attention_for, fuse
 from raylm.training.objectives import objective_for
 from raylm.training.record import DataRecord
 from raylm.training.schedule import learning_rate
@@ -59,7 +61,8 @@ class _Worker:
         self._rank, world_size = dist.get_rank(), dist.get_world_size()
         self._device = ray.train.torch.get_device()
         if self._device.type == "cpu":
-            torch.set_num_threads(max(int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)), 1))
+            cpus = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))
+            torch.set_num_threads(max(min(cpus, os.cpu_count() or 1), 1))
         self._peak = group_peak(self._device, dtype_of(resolve_precision(settings.precision, self._device)))
 
         leads = self._rank == 0
@@ -207,16 +210,21 @@ def setup(job: TrainingJob, world_size: int, device: torch.device, checkpoint: C
     prepare_backend(device)
     tokenizer = models.load_tokenizer(job.model)
     config = models.load_config(job.model)
+    precision = resolve_precision(settings.precision, device)
+    objective = objective_for(settings.objective, models.architecture(config), settings.section)
+    if settings.kernels == "auto" and (attention := attention_for(config, objective, precision, device)):
+        config._attn_implementation = attention
     validation = open_split(job, "validation", config, tokenizer)
     training = open_training(job, world_size, config, tokenizer)
     micro_batches = micro_batches_for(settings.global_batch_tokens, settings.micro_batch_tokens, world_size)
-    precision = resolve_precision(settings.precision, device)
     converted = checkpoint is not None and checkpoints.needs_conversion(checkpoint, world_size)
     zero_config = deepspeed_config(settings, world_size, micro_batches, precision, load_universal=converted)
     seed = settings.seed
     with born_sharded(zero_config):
         model = models.load_model(job.start, config, seed) if job.start else models.build_model(config, seed)
     model.config.use_cache = False
+    if settings.kernels == "auto":
+        fuse(model, device)
     if isinstance(settings, FinetuneSettings) and settings.lora:
         model = models.with_lora(model, settings.lora)
     model.train()
@@ -234,17 +242,11 @@ def setup(job: TrainingJob, world_size: int, device: torch.device, checkpoint: C
         average=average,
         training=training,
         validation=validation,
-        token_bytes=models.token_bytes(tokenizer) if _learns_whole_texts(settings, config) else None,
+        token_bytes=models.token_bytes(tokenizer) if objective == "causal" else None,
         scorer=_scorer(job, config, tokenizer),
         micro_batches=micro_batches,
         flops=flops,
     )
-
-
-def _learns_whole_texts(settings: PretrainSettings | FinetuneSettings, config: PretrainedConfig) -> bool:
-    if isinstance(settings, FinetuneSettings):
-        return False
-    return objective_for(settings.objective, models.architecture(config)) == "causal"
 
 
 def _scorer(job: TrainingJob, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> Scorer | None:

@@ -7,7 +7,7 @@ epoch), so a batch is the same on every worker and after every restart.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -71,6 +71,8 @@ class MicroBatch:
     labels: Tokens
     real_tokens: int = 0
     """Positions of source and target that hold text; none where there is nothing to learn."""
+    sequences: int | None = None
+    """How many sequences of one length lie one behind the other in each row; None where each has a row."""
 
     @property
     def target_tokens(self) -> int:
@@ -79,17 +81,27 @@ class MicroBatch:
     @property
     def padded_tokens(self) -> int:
         """Positions the model computes, encoder and decoder together."""
-        decoder = self.inputs.get("decoder_input_ids")
-        return int(self.inputs["input_ids"].size + (0 if decoder is None else decoder.size))
+        sequences, source_tokens, target_tokens = self.shape
+        return sequences * (source_tokens + target_tokens)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Sequences, the positions of each, and those that a decoder beside an encoder reads."""
+        ids, decoder = self.inputs["input_ids"], self.inputs.get("decoder_input_ids")
+        sequences = self.sequences or len(ids)
+        return sequences, ids.size // sequences, 0 if decoder is None else decoder.shape[1]
 
     def hashes(self) -> list[int]:
         """For each example that has something to learn, 32 bits of its tokens and labels, however it is padded."""
-        ids, mask = self.inputs["input_ids"], self.inputs["attention_mask"]
-        learned = self.labels != IGNORE
+        sequences, *_ = self.shape
+        ids, whole = self.inputs["input_ids"].reshape(sequences, -1), self.labels.reshape(sequences, -1)
+        mask = self.inputs.get("attention_mask")
+        real_places = mask.astype(bool) if mask is not None and mask.ndim == 2 else np.ones(ids.shape, bool)
+        learned = whole != IGNORE
         found = []
-        for row in np.flatnonzero(learned.reshape(len(ids), -1).any(axis=1)):
-            real = ids[row] if mask.ndim > 2 else ids[row][mask[row] != 0]  # packed sequences have one length
-            labels = self.labels[row][learned[row]] if self.labels.ndim > 1 else self.labels[row]
+        for row in np.flatnonzero(learned.any(axis=1)):
+            real = ids[row][real_places[row]]
+            labels = whole[row][learned[row]]
             found.append(xxhash.xxh32_intdigest(real.tobytes() + labels.tobytes()))
         return found
 
@@ -102,7 +114,7 @@ class MicroBatch:
 
     def unlabelled(self) -> MicroBatch:
         """The same inputs with nothing to learn from."""
-        return MicroBatch(self.inputs, np.full_like(self.labels, IGNORE))
+        return replace(self, labels=np.full_like(self.labels, IGNORE), real_tokens=0)
 
     def tensors(self, device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Inputs and labels on a device."""
@@ -116,6 +128,8 @@ class SelfSupervision:
     """What is to be learned from packed sequences.
 
     :param objective: `denoise`, `causal` or `masked`.
+    :param is_flat: `causal` sequences lie one behind the other in one row, and positions that start again tell their
+        documents apart, as FlashAttention wants it; otherwise a mask does.
     """
 
     def __init__(
@@ -125,7 +139,9 @@ class SelfSupervision:
         noise_density: float,
         mean_span_tokens: float,
         denoise_target: str = "text",
+        is_flat: bool = False,
     ) -> None:
+        self._is_flat = is_flat
         self._objective, self._denoise_target = objective, denoise_target
         self._vocabulary = vocabulary
         self._noise_density, self._mean_span_tokens = noise_density, mean_span_tokens
@@ -141,7 +157,8 @@ class SelfSupervision:
             return self._denoise(rows, generators)
         inputs = np.stack(rows)
         labels = inputs.copy()
-        mask, positions = document_mask(lengths, inputs.shape[1], causal=self._objective == "causal")
+        documents, positions = document_places(lengths, inputs.shape[1])
+        real_tokens = int(sum(spans.sum() for spans in lengths))
         for row, spans in enumerate(lengths):
             labels[row, spans.sum() :] = IGNORE
         if self._objective == "causal":
@@ -151,8 +168,12 @@ class SelfSupervision:
                 labels[row, np.cumsum(spans) - 1] = IGNORE
         else:
             inputs, labels = self._mask(inputs, labels, generators)
-        arrays = {"input_ids": inputs, "attention_mask": mask, "position_ids": positions}
-        return MicroBatch(arrays, labels, int(sum(spans.sum() for spans in lengths)))
+        arrays: dict[str, NDArray[np.generic]] = {"input_ids": inputs, "position_ids": positions}
+        if self._is_flat:
+            arrays = {name: array.reshape(1, -1) for name, array in arrays.items()}
+            return MicroBatch(arrays, labels.reshape(1, -1), real_tokens, sequences=len(rows))
+        arrays["attention_mask"] = document_mask(documents, causal=self._objective == "causal")
+        return MicroBatch(arrays, labels, real_tokens)
 
     def _denoise(self, rows: list[Tokens], generators: list[np.random.Generator]) -> MicroBatch:
         vocabulary = self._vocabulary
@@ -357,12 +378,12 @@ def prefix_batch(sources: list[Tokens], targets: list[Tokens], vocabulary: Vocab
     return MicroBatch(inputs, labels, sum(map(len, sources)) + sum(map(len, targets)))
 
 
-def document_mask(lengths: list[Tokens], width: int, causal: bool) -> tuple[NDArray[np.bool_], Tokens]:
-    """What each position of packed sequences may look at: its own document alone.
+def document_places(lengths: list[Tokens], width: int) -> tuple[Tokens, Tokens]:
+    """Where the documents of packed sequences are.
 
     :param lengths: the token counts of each row's documents.
-    :returns: (B, 1, T, T) mask, True where attention is allowed, and (B, T) positions that start again with each
-        document. Padding looks at itself, as a row with nothing to look at would be undefined.
+    :returns: (B, T) the number of each position's document in its row, -1 for padding, and (B, T) positions that start
+        again with each document; each of padding is the first.
     """
     documents = np.full((len(lengths), width), -1, dtype=np.int64)
     positions = np.zeros((len(lengths), width), dtype=np.int64)
@@ -371,10 +392,20 @@ def document_mask(lengths: list[Tokens], width: int, causal: bool) -> tuple[NDAr
         documents[row, :used] = np.repeat(np.arange(len(spans)), spans)
         starts = np.cumsum(spans) - spans
         positions[row, :used] = np.arange(used) - np.repeat(starts, spans)
-    mask = documents[:, :, None] == documents[:, None, :]
+    return documents, positions
+
+
+def document_mask(documents: Tokens, causal: bool) -> NDArray[np.bool_]:
+    """(B, 1, T, T) what each position of packed sequences may look at, its own document alone: True where it may.
+
+    Padding looks at padding, as a row with nothing to look at would be undefined.
+
+    :param documents: (B, T) as `document_places` gives them.
+    """
+    mask: NDArray[np.bool_] = documents[:, :, None] == documents[:, None, :]
     if causal:
-        mask &= np.tri(width, dtype=bool)
-    return mask[:, None], positions
+        mask &= np.tri(documents.shape[1], dtype=bool)
+    return mask[:, None]
 
 
 def cut(tokens: Tokens, limit: int, end: int) -> Tokens:

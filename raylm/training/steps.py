@@ -63,7 +63,7 @@ def train_step(
     targets = [micro_batch.target_tokens for micro_batch in batch]
     padded = sum(micro_batch.padded_tokens for micro_batch in batch)
     real = sum(micro_batch.real_tokens for micro_batch in batch)
-    cost = sum(flops.of_inputs(micro_batch.inputs) for micro_batch in batch) if flops else 0
+    cost = sum(flops.of_batch(*micro_batch.shape) for micro_batch in batch) if flops else 0
     counted = [*targets, padded, real, cost, *tally]
     counts = torch.tensor(counted, dtype=torch.float64).to(device)
     dist.all_reduce(counts)

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raylm import models
 
 if TYPE_CHECKING:
     import torch
-    from numpy.typing import NDArray
     from transformers import PretrainedConfig, PreTrainedModel
 
 _PEAK_SECONDS = 1.0
@@ -62,16 +61,6 @@ class ModelFlops:
         each = self.per_source_token * source_tokens + self.per_target_token * target_tokens
         each += self.self_source * source_tokens**2 + self.self_target * target_tokens**2
         return sequences * (each + self.cross * source_tokens * target_tokens)
-
-    def of_inputs(self, inputs: Mapping[str, NDArray[Any]]) -> int:
-        """FLOPs of a micro-batch.
-
-        :param inputs: the model's keyword arguments: `input_ids` (B, S) and, for a decoder beside an encoder,
-            `decoder_input_ids` (B, T).
-        """
-        sequences, source_tokens = inputs["input_ids"].shape
-        target_tokens = inputs["decoder_input_ids"].shape[1] if "decoder_input_ids" in inputs else 0
-        return self.of_batch(sequences, source_tokens, target_tokens)
 
 
 def model_flops(model: PreTrainedModel) -> ModelFlops | None:

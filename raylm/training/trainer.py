@@ -48,6 +48,7 @@ _FREE = {
     "activation_checkpointing",
     "offload",
     "offload_directory",
+    "kernels",
     "compile",
     "scored_rows",
     "verify_data",

@@ -457,7 +457,7 @@ def measure(
     frozen = sum(parameter.numel() for parameter in shapes.parameters()) - trained
     rows = []
     for sequences, length in lengths:
-        for _ in range(3):
+        for _ in range(2):
             loss, batch = step(sequences, length)
         after = peak_memory_gb(cpu)
         assert after is not None and np.isfinite(loss)
@@ -483,20 +483,20 @@ def measure(
     print(json.dumps({"before": before * 1e9, "peaks": rows, "saved": [saved, expected_files]}))  # noqa: T201
 
 
-PLAIN = [
-    ("marian", "tiny", [(64, 32), (64, 128)], 1, False),
-    ("llama", "tiny", [(16, 128), (64, 128)], 1, False),
-    ("llama", "small", [(8, 128), (32, 128)], 1, False),
-]
-INVOLVED = [("llama", "small", [(4, 512)], 2, False), ("llama", "small", [(32, 128)], 1, True)]
+MARIAN = ("marian", "tiny", [(64, 32), (64, 128)], 1, False)
+LLAMA = ("llama", "small", [(4, 128), (16, 128)], 1, False)
+ACCUMULATING = ("llama", "small", [(2, 512)], 2, False)
+RECOMPUTING = ("llama", "small", [(16, 128)], 1, True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "size", "lengths", "accumulate", "recomputes", "allocator", "zero_stage"),
     # With glibc, how much freed memory a process under ZeRO-3 keeps is another number in every run.
-    [(*case, "exact", stage) for case in PLAIN + INVOLVED for stage in (0, 1, 2, 3)]
-    + [(*case, "glibc", stage) for case in PLAIN for stage in (0, 1, 2)],
+    [(*case, "exact", stage) for case in (MARIAN, LLAMA) for stage in (0, 1, 2, 3)]
+    + [(*ACCUMULATING, "exact", stage) for stage in (1, 3)]
+    + [(*RECOMPUTING, "exact", stage) for stage in (0, 2)]
+    + [(*LLAMA, "glibc", stage) for stage in (0, 2)],
 )
 def test_the_peak_is_what_a_process_really_takes(
     tmp_path: Path,

@@ -24,6 +24,7 @@ from raylm.training.objectives import (
     corrupt_spans,
     cut,
     document_mask,
+    document_places,
     infill_spans,
     objective_for,
     pair_weights,
@@ -91,7 +92,8 @@ def test_the_decoder_reads_labels_shifted_right() -> None:
 
 
 def test_documents_of_one_sequence_do_not_see_each_other() -> None:
-    mask, positions = document_mask([np.asarray([2, 3])], width=6, causal=True)
+    documents, positions = document_places([np.asarray([2, 3])], width=6)
+    mask = document_mask(documents, causal=True)
     assert mask.shape == (1, 1, 6, 6)
     assert mask[0, 0, :5, :5].astype(int).tolist() == [
         [1, 0, 0, 0, 0],
@@ -297,7 +299,8 @@ def test_editing_one_document_leaves_the_logits_of_its_neighbour(family: str, ob
     small = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
     config = models.build_config(ModelSettings(family=family, config=small), tokenizer)
     model = models.build_model(config, seed=1).eval()
-    mask, positions = document_mask([np.asarray([5, 7])], width=12, causal=objective == "causal")
+    documents, positions = document_places([np.asarray([5, 7])], width=12)
+    mask = document_mask(documents, causal=objective == "causal")
     ids = np.arange(200, 212)[None]
     edited = ids.copy()
     edited[0, 2] = 300

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raylm import models
 from raylm.settings.training import LoraSettings
+from raylm.training.objectives import MicroBatch
 from raylm.training.throughput import (
     ModelFlops,
     attention_widths,
@@ -25,6 +26,11 @@ from raylm.training.throughput import (
     model_flops,
     peak_memory_gb,
 )
+
+
+def shape(inputs: dict[str, Any]) -> tuple[int, int, int]:
+    return MicroBatch(inputs, np.zeros((1, 1), np.int64)).shape
+
 
 VOCABULARY = {"vocab_size": 96, "pad_token_id": 95, "eos_token_id": 0, "bos_token_id": 0}
 MARIAN = {
@@ -86,7 +92,7 @@ def test_flops_are_those_that_torch_counts(name: str) -> None:
     assert flops is not None
     arrays = {key: tensor.numpy() for key, tensor in inputs_of(model).items()}
     # The rotary embedding of a Llama is a product too, of a thousandth of the whole.
-    assert flops.of_inputs(arrays) == pytest.approx(counted(model), rel=0.01)
+    assert flops.of_batch(*shape(arrays)) == pytest.approx(counted(model), rel=0.01)
 
 
 def test_frozen_matrices_need_no_gradient_of_their_own() -> None:
@@ -149,8 +155,8 @@ def test_no_utilisation_is_claimed_for_what_the_formula_does_not_know() -> None:
 def test_widths_of_a_batch_come_from_its_arrays() -> None:
     flops = ModelFlops(1, 100, 0, 0, 0)
     source, target = np.zeros((2, 7)), np.zeros((2, 3))
-    assert flops.of_inputs({"input_ids": source}) == 14
-    assert flops.of_inputs({"input_ids": source, "decoder_input_ids": target}) == 14 + 600
+    assert flops.of_batch(*shape({"input_ids": source})) == 14
+    assert flops.of_batch(*shape({"input_ids": source, "decoder_input_ids": target})) == 14 + 600
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,17 @@ from raylm.training.generation import generate, read_held_out
 from raylm.training.objectives import cut
 
 
-class PairsDataset(Dataset[dict[str, list[int]]]):
+class Rows(Dataset[dict[str, Any]]):
+    """A dataset that can be gone through as well."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[number] for number in range(len(self)))
+
+
+class PairsDataset(Rows):
     """The training pairs of a prepared corpus."""
 
     def __init__(self, tokens: str, end: int, max_source_tokens: int, max_target_tokens: int) -> None:
@@ -46,13 +57,13 @@ class PairsDataset(Dataset[dict[str, list[int]]]):
     def __len__(self) -> int:
         return len(self._sources.lengths)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         source = cut(self._sources[index], self._limits[0], self._end)
         target = cut(self._targets[index], self._limits[1], self._end)
         return {"input_ids": source.tolist(), "labels": target.tolist()}
 
 
-class PackedDataset(Dataset[dict[str, Any]]):
+class PackedDataset(Rows):
     """The packed sequences, as `run_clm.py` of transformers' examples makes them by joining texts and cutting."""
 
     def __init__(self, tokens: str) -> None:
@@ -65,7 +76,7 @@ class PackedDataset(Dataset[dict[str, Any]]):
         return {"input_ids": self._rows[index]}
 
 
-class DocumentsDataset(Dataset[dict[str, Any]]):
+class DocumentsDataset(Rows):
     """The documents of the packed sequences one by one, for the collator to pad."""
 
     def __init__(self, tokens: str) -> None:
