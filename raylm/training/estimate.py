@@ -159,14 +159,18 @@ def dry_run(settings: Settings, stage: Literal["pretrain", "finetune"]) -> Estim
     if isinstance(training, FinetuneSettings) and corpus and _is_at_hand(corpus, notes):
         scanned = min(training.steps, _SCANNED_STEPS)
         read = _read_pairs(training, start, corpus.directory, layout, scanned)
-        largest = max(read, key=lambda batch: kept_bytes(model, batch, 4, on_gpu)[0] + loss_bytes(model, batch))
+
+        def held_of(batch: BatchShape) -> int:
+            return kept_bytes(model, batch, BYTES[precision], on_gpu)[0] + loss_bytes(model, batch, precision)
+
+        largest = max(read, key=held_of)
         layout, read = replace(layout, batch=largest), read * layout.workers
     averages = training.ema_decay is not None
     held = memory(
         trained,
         frozen,
         kept_bytes(model, layout.batch, BYTES[precision], on_gpu, training.activation_checkpointing),
-        loss_bytes(model, layout.batch),
+        loss_bytes(model, layout.batch, precision),
         training.zero_stage,
         layout.workers,
         precision,

@@ -212,16 +212,17 @@ def kept_bytes(
     return kept, again
 
 
-def loss_bytes(model: PreTrainedModel, batch: BatchShape) -> int:
-    """Bytes of the three tensors of logits that the loss holds at once, in fp32.
+def loss_bytes(model: PreTrainedModel, batch: BatchShape, precision: str) -> int:
+    """Bytes of the logits, whose gradient takes their place; of fp16 ones, it stands beside them in fp32.
 
-    In the forward pass, logits, a copy without padding's and their log-softmax; in the backward pass the last of
-    these, its gradient, and the gradient of the logits.
+    A model that adds a bias to its logits holds them twice for a moment.
     """
     if models.is_classifier(model.config):
         return 0  # a row of a few labels for each text
     scored = batch.sequences * (batch.target_tokens or batch.source_tokens)
-    return 3 * _FP32 * scored * int(model.config.vocab_size)
+    copies = 2 if hasattr(model, "final_logits_bias") else 1
+    held = BYTES[precision] * copies + (_FP32 if precision == "fp16" else 0)
+    return held * scored * int(model.config.vocab_size)
 
 
 def memory(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from raylm.training.examples import Split
 from raylm.training.guard import SpikeGuard
-from raylm.training.objectives import IGNORE, MicroBatch
+from raylm.training.objectives import MicroBatch
 from raylm.training.throughput import ModelFlops
 
 if TYPE_CHECKING:
@@ -92,22 +92,16 @@ def train_step(
 
 def token_loss(engine: Any, micro_batch: MicroBatch, label_smoothing: float, device: torch.device) -> torch.Tensor:
     """Cross entropy in nats, summed over the target tokens, or labelled texts, of a micro-batch."""
-    import torch
+    from raylm.training.loss import summed_cross_entropy
 
     inputs, labels = micro_batch.tensors(device)
     logits = engine(**inputs).logits  # (B, T, V), or of a classifier (B, labels)
     config = getattr(engine, "module", engine).config
     pad, end = config.pad_token_id, config.eos_token_id
-    if labels.dim() > 1 and pad == logits.size(-1) - 1 and pad not in (end if isinstance(end, list) else [end]):
-        # Padding is no answer. Leaving it out keeps its tied embedding at zero, the start that Marian decodes from.
-        logits = logits[..., :-1]
-    return torch.nn.functional.cross_entropy(
-        logits.reshape(-1, logits.size(-1)).float(),
-        labels.reshape(-1),
-        ignore_index=IGNORE,
-        reduction="sum",
-        label_smoothing=label_smoothing,
-    )
+    # Padding is no answer. Leaving it out keeps its tied embedding at zero, the start that Marian decodes from.
+    is_answer = labels.dim() == 1 or pad in (end if isinstance(end, list) else [end])
+    excluded = None if is_answer or pad != logits.size(-1) - 1 else pad
+    return summed_cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing, excluded)
 
 
 @dataclass(frozen=True)

@@ -466,7 +466,7 @@ def measure(
             trained,
             frozen,
             kept_bytes(shapes, shape, 4, on_gpu=False, recomputes=recomputes),
-            loss_bytes(shapes, shape),
+            loss_bytes(shapes, shape, "fp32"),
             zero_stage,
             workers=1,
             precision="fp32",
