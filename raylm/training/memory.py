@@ -277,6 +277,8 @@ def memory(
         weights, buffers = weights // workers, bucket + joined + gathered
         standing = gradients + bucket + gathered
         end = standing + max(joined, _FP32 * share)
+    if again:
+        end += kept  # what is computed again holds its inputs as long as the graph of the loss is there
     offloaded = {"none": 0, "optimizer": optimizer, "all": optimizer + weights}[offload]
     peak = weights + optimizer - offloaded + max(standing + kept + max(loss, late + again), end)
     if not on_gpu and zero_stage < 3:  # where a model is first made, in fp32; stages 1 and 2 lay it out anew

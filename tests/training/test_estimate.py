@@ -164,7 +164,12 @@ def test_batches_are_those_that_training_reads(small_settings: Settings, corpus:
         packed = Manifest.read(corpus).counts["rows"]["documents/train"]  # type: ignore[union-attr]
         assert estimate.work.epochs == pytest.approx(estimate.work.tokens / (64 * packed), rel=0.02)
     else:
-        assert max(shape.padded_tokens for shape in read) <= estimate.layout.batch.padded_tokens * 1.1
+        shapes = models.build_shapes(config)
+
+        def size(shape: BatchShape) -> int:
+            return kept_bytes(shapes, shape, 4, on_gpu=False)[0] + loss_bytes(shapes, shape, "fp32")
+
+        assert max(map(size, read)) <= size(estimate.layout.batch) * 1.1
         assert estimate.layout.batch.source_tokens <= 96 and estimate.layout.batch.target_tokens <= 48
     assert estimate.model.parameters > estimate.model.trained_parameters  # Marian's positions are fixed
 
@@ -242,7 +247,7 @@ def test_an_earlier_run_of_the_same_model_tells_the_time(alone: Settings, corpus
     (run_directory / "metrics.jsonl").write_bytes("".join(json.dumps(row) + "\n" for row in rows).encode())
     try:
         estimate = dry_run(settings, "pretrain")
-        computed = 12 * 16 * (64 + 72)  # steps, sequences, padded source and target
+        computed = 12 * 16 * (58 + 65)  # steps, sequences, source and target
         assert estimate.time is not None
         assert estimate.time.predicted_s == pytest.approx(computed / 2_000, abs=0.05)
         assert estimate.time.measured_by == "run timed"
@@ -337,7 +342,7 @@ def test_too_little_memory_and_disk_are_notes(tmp_path: Path) -> None:
         ("pretrain", ["pretrain.global_batch_tokens=100"], ["pretrain.global_batch_tokens is 100", "128 tokens"]),
         ("pretrain", ["pretrain.micro_batch_tokens=100"], ["pretrain.micro_batch_tokens is 100", "128 tokens"]),
         ("finetune", ["finetune.micro_batch_tokens=100"], ["finetune.micro_batch_tokens is 100", "384 tokens"]),
-        ("pretrain", ["corpus.sequence_length=1024"], ["corpus.sequence_length", "1,032 positions", "1,024"]),
+        ("pretrain", ["corpus.sequence_length=1024"], ["corpus.sequence_length", "1,025 positions", "1,024"]),
         ("finetune", ["finetune.max_source_tokens=2000"], ["finetune.max_source_tokens", "2,000", "1,024"]),
         ("finetune", ["finetune.max_target_tokens=2000"], ["finetune.max_target_tokens", "2,000", "1,024"]),
         ("finetune", ["finetune.task_weights={translat: 2}"], ["there is no task 'translat'", "translate"]),
@@ -393,7 +398,7 @@ def test_a_changed_corpus_setting_is_a_note(small_settings: Settings, corpus: St
     settings = changed(small_settings, corpus={"sequence_length": 32}, pretrain={"warmup_steps": 5})
     estimate = dry_run(settings, "pretrain")
     assert "sequence_length: 64 → 32" in estimate.notes[0]
-    assert estimate.layout.batch.target_tokens == 72  # of the corpus that there is
+    assert estimate.layout.batch.target_tokens == 65  # of the corpus that there is
 
 
 # -------------------------------------------------------------------------------------------- measured
