@@ -46,6 +46,7 @@ CHARTS = (
         height_inches=4.3,
         from_zero=False,
     ),
+    Chart("bits per byte of validation text", (("", "validation_bits_per_byte"),), from_zero=False),
     Chart("tokens/s", (("with padding", "tokens_per_s"), ("without padding", "real_tokens_per_s"))),
     Chart("learning rate", (("", "learning_rate"),)),
     Chart("gradient norm", (("", "gradient_norm"),)),
@@ -60,7 +61,7 @@ def run_charts(name: str, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     :param rows: of the run's metrics, oldest first.
     """
     drawn = []
-    for chart in CHARTS:
+    for chart in (*CHARTS, *(Chart(_said(key), (("", key),)) for key in scores(rows))):
         lines = [(label, points(rows, key, chart.scale)) for label, key in chart.lines]
         lines = [(label, found) for label, found in lines if found]
         if lines:
@@ -68,6 +69,16 @@ def run_charts(name: str, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
             what = f"{chart.label} over steps, from {first:,.4g} to {last:,.4g}"
             drawn.append((what, _svg(f"{name} {chart.label}", chart, lines)))
     return drawn
+
+
+def scores(rows: list[dict[str, Any]]) -> list[str]:
+    """The keys of what validation says of answers, such as `score_chrf_translate_de`."""
+    return sorted({key for row in rows for key in row if key.startswith("score_")})
+
+
+def _said(score: str) -> str:
+    _, metric, *task = score.split("_")
+    return f"{metric} of validation rows: {' '.join(task)}"
 
 
 def points(rows: list[dict[str, Any]], key: str, scale: float = 1.0) -> list[Point]:

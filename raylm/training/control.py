@@ -167,7 +167,8 @@ class Follower:
         elif "world_size" in row:
             self._show_start(row["step"], row["world_size"])
         elif "validation_loss" in row:
-            self._validation = f"  validation {row['validation_loss']:.3f}"
+            scores = "".join(f"  {name.split('_')[1]} {row[name]:.1f}" for name in row if name.startswith("score_"))
+            self._validation = f"  validation {row['validation_loss']:.3f}{scores}"
         else:
             detail = f"{row['tokens_per_s']:,.0f} tokens/s  loss {row['loss']:.3f}{self._validation}"
             self._progress.update(row["step"], detail)

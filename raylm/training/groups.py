@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
     from ray.train.torch import TorchTrainer
 
+_CPUS_A_WORKER = 4
+"""Without GPUs: fewer compute as fast in one worker as in several, which have to add up their gradients."""
 _MOST_CPU_WORKERS = 4
 _GROW_AFTER_S = 30.0
 """Machines for more workers have to be there for so long before training pauses for them."""
@@ -64,7 +66,7 @@ def choose_width(training: PretrainSettings | FinetuneSettings, cpus_for_data: i
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
     have = min(gpus, cpus - cpus_for_data) if gpus else cpus - cpus_for_data
     if training.workers == "auto":
-        least = most = max(have if gpus else min(have, _MOST_CPU_WORKERS), 1)
+        least = most = max(have if gpus else min(have // _CPUS_A_WORKER, _MOST_CPU_WORKERS), 1)
     elif isinstance(training.workers, tuple):
         least, most = training.workers
     else:

@@ -63,6 +63,8 @@ class _Worker:
         if self._device.type == "cpu":
             cpus = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))
             torch.set_num_threads(max(min(cpus, os.cpu_count() or 1), 1))
+            # Adam's moments of rarely seen tokens decay to numbers that a CPU computes with a hundred times slower.
+            torch.set_flush_denormal(True)
         self._peak = group_peak(self._device, dtype_of(resolve_precision(settings.precision, self._device)))
 
         leads = self._rank == 0

@@ -34,7 +34,7 @@ class Scorer:
         self._sets = read_held_out(tokens, "validation", settings.scored_rows, labelled)
 
     def scores(self, engine: DeepSpeedEngine) -> dict[str, float]:
-        """The most telling score of each task and language, as `chrf_translate_de`. A collective of all ranks."""
+        """The most telling score of each task and language, as `score_chrf_translate_de`. A collective of all ranks."""
         import torch
         import torch.distributed as dist
 
@@ -56,6 +56,6 @@ class Scorer:
                     whole[number::every] = share
                 name = TASKS[held_out.task].metrics[0]
                 found = metrics.score((name,), whole, held_out.targets, held_out.to)
-                scores[f"{name}_{held_out.name}".lower().replace("-", "_")] = found[name]
+                scores[f"score_{name}_{held_out.name}".lower().replace("-", "_")] = found[name]
         engine.train()
         return scores

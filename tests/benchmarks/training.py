@@ -35,6 +35,8 @@ _HELD_OUT_ROWS = 936
 _MINUTES = 20
 _WARMUP = 20
 _KILLS = 20
+_KILLED_AT_START = 0.2
+"""The share of kills that come before a run has got anywhere."""
 _FAULTS = 100
 _NEVER = 10**6
 """Steps."""
@@ -267,7 +269,7 @@ def measure_pretraining(scale: float) -> list[Row]:
 
 # ------------------------------------------------------------------------------------------------- faults
 
-_SMALL = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
+SMALL_MODEL = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
 _SAFE: dict[str, Any] = {
     "workers": 2, "global_batch_tokens": 2_048, "schedule": "constant", "learning_rate": 1e-3, "precision": "fp32",
     "log_every": 1, "validate_every": _NEVER, "validation_batches": 1,
@@ -279,31 +281,48 @@ def measure_endurance(scale: float) -> list[Row]:
     kills = max(round(_KILLS * scale), 1)
     chance = random.Random(4)
     rows = []
-    with prepared(text_corpus(256), model={"config": _SMALL}) as settings:
+    with prepared(text_corpus(256), model={"config": SMALL_MODEL}) as settings:
         for stage in (1, 2, 3):
-            training = _SAFE | {"zero_stage": stage, "checkpoint_every": 25}
-            name = f"killed-{stage}"
-            for _ in range(kills):
-                values = {**settings, "pretrain": training | {"name": name, "steps": _NEVER}}
-                with raylm_session("pretrain", values) as session:
-                    time.sleep(chance.uniform(8, 20))
-                    session.kill()
-            reached = max((found.step for found in checkpoints.checkpoints(run_of(settings, name))), default=0)
-            steps = reached + 50
-            for run in (name, f"alone-{stage}"):
-                raylm("pretrain", settings, **training, name=run, steps=steps)
-            killed, alone = (losses(run_of(settings, run)) for run in (name, f"alone-{stage}"))
-            apart = max(abs(a - b) for a, b in zip(killed, alone, strict=True))
+            steps, apart = endured(settings, stage, kills, chance)
             what = f"ZeRO-{stage}: {kills} kill -9, {steps} steps, largest difference of a loss"
             rows.append(single(what, [apart], "nats", Goal("value", "<=", 1e-6)))
     return rows
+
+
+def endured(settings: Mapping[str, Any], stage: int, kills: int, chance: random.Random) -> tuple[int, float]:
+    """The steps of a training that was killed so often, with all its processes, and the largest difference of a loss
+    from the same training left alone."""
+    training = _SAFE | {"zero_stage": stage, "checkpoint_every": 25}
+    killed, alone = f"killed-{stage}", f"alone-{stage}"
+    run = run_of(settings, killed)
+    for _ in range(kills):
+        before = _reached(run)
+        values = {**settings, "pretrain": training | {"name": killed, "steps": _NEVER}}
+        with raylm_session("pretrain", values) as session:
+            if chance.random() < _KILLED_AT_START:
+                time.sleep(chance.uniform(1, 12))
+            else:
+                while session.running and _reached(run) == before:
+                    time.sleep(0.1)
+                time.sleep(chance.uniform(0, 3))
+            session.kill()
+    steps = _reached(run) + 50
+    for name in (killed, alone):
+        raylm("pretrain", settings, **training, name=name, steps=steps)
+    pairs = zip(losses(run_of(settings, killed)), losses(run_of(settings, alone)), strict=True)
+    return steps, max(abs(one - other) for one, other in pairs)
+
+
+def _reached(run: StoragePath) -> int:
+    """The step of a run's newest checkpoint."""
+    return max((found.step for found in checkpoints.checkpoints(run)), default=0)
 
 
 def measure_widths(scale: float) -> list[Row]:
     """Training that goes from two workers to one and back, beside the same training on two."""
     part = max(round(40 * scale), 5)
     rows = []
-    with prepared(text_corpus(256), model={"config": _SMALL}) as settings:
+    with prepared(text_corpus(256), model={"config": SMALL_MODEL}) as settings:
         for stage in (1, 2, 3):
             training = _SAFE | {"zero_stage": stage, "checkpoint_every": part, "name": f"changing-{stage}"}
             for number, workers in enumerate((2, 1, 2), start=1):
@@ -321,7 +340,7 @@ def measure_faults(scale: float) -> list[Row]:
     faults = max(round(_FAULTS * scale), 4)
     chance = random.Random(5)
     loaded = 0
-    with prepared(text_corpus(256), model={"config": _SMALL}) as settings:
+    with prepared(text_corpus(256), model={"config": SMALL_MODEL}) as settings:
         raylm("pretrain", settings, **_SAFE, zero_stage=2, name="faults", steps=20, checkpoint_every=10)
         run = run_of(settings, "faults")
         for number in range(faults):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from raylm.errors import TrainingError
+from raylm.errors import OutputError, TrainingError
 from raylm.settings import PretrainSettings, Settings
 from raylm.storage import StoragePath
 from raylm.training import checkpoint as checkpoints
@@ -174,3 +174,30 @@ def test_a_full_disk_ends_training_with_its_name(
     with pytest.raises(TrainingError, match=r"(?i)step-\d+.*(no space left|cannot be written)"):
         pretrain(settings)
     assert all(found.fault() is None for found in checkpoints.checkpoints(run))
+
+
+def test_an_object_store_that_refuses_is_asked_again(
+    object_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused twice, a rank's files are there in the end; refused for good, the error names the file."""
+    monkeypatch.setattr(checkpoints, "_RETRY_AFTER_S", (0.0, 0.0, 0.0))
+    upload, refusals = StoragePath.upload, [2]
+
+    def refusing(place: StoragePath, file: Path) -> None:
+        if refusals[0]:
+            refusals[0] -= 1
+            raise OutputError(f"cannot write {place}: slow down")
+        upload(place, file)
+
+    monkeypatch.setattr(StoragePath, "upload", refusing)
+    directory = StoragePath(object_store.format("runs/checkpoints/step-00000001"))
+    for name in ("sent", "refused"):
+        (tmp_path / name / "zero").mkdir(parents=True)
+        (tmp_path / name / "zero" / "shard.pt").write_bytes(b"weights")
+    checkpoints._publish(tmp_path / "sent", directory, rank=0)
+    assert (directory / "zero/shard.pt").read_bytes() == b"weights"
+    [entry] = (directory / "parts/rank-00000.json").read_json()
+    assert (entry["name"], entry["bytes"]) == ("zero/shard.pt", 7)
+    refusals[0] = 10
+    with pytest.raises(OutputError, match=r"zero/shard\.pt.*: slow down"):
+        checkpoints._publish(tmp_path / "refused", directory, rank=1)

@@ -15,9 +15,10 @@ from raylm.training.groups import Width, choose_width
 @pytest.mark.parametrize(
     ("workers", "machines", "for_data", "expected"),
     [
-        ("auto", [2], 0, Width(2, 2, False, cpus=1)),
+        ("auto", [2], 0, Width(1, 1, False, cpus=2)),
         ("auto", [16], 0, Width(4, 4, False, cpus=4)),
-        ("auto", [16], 1, Width(4, 4, False, cpus=3)),
+        ("auto", [16], 1, Width(3, 3, False, cpus=5)),
+        ("auto", [64], 0, Width(4, 4, False, cpus=16)),
         (1, [8], 0, Width(1, 1, False, cpus=8)),
         (3, [8], 0, Width(3, 3, False, cpus=2)),
         (4, [4, 2, 2], 0, Width(4, 4, False, cpus=2)),

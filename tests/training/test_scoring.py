@@ -39,9 +39,9 @@ def test_answers_are_scored_while_training(small_settings: Settings, corpus: Sto
         texts = answers(model, tokenizer, found.source_ids, settings.finetune)
         score = TASKS[found.task].metrics[0]
         expected = metrics.score((score,), texts, found.targets, found.to)[score]
-        key = {"translate-de": "chrf_translate_de", "summarize": "rougel_summarize"}[found.name]
+        key = {"translate-de": "score_chrf_translate_de", "summarize": "score_rougel_summarize"}[found.name]
         assert said[key] == pytest.approx(expected, abs=0.01)
-    assert said["chrf_translate_de"] > 0
+    assert said["score_chrf_translate_de"] > 0
 
 
 def test_bits_per_byte_are_those_of_the_text(small_settings: Settings, corpus: StoragePath) -> None:
