@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import torch
     from deepspeed.runtime.engine import DeepSpeedEngine
     from numpy.typing import NDArray
-    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 
 def train_worker(job: TrainingJob, report: Reporter, attention: Attention | None = None) -> bool:
@@ -177,6 +177,8 @@ class _Worker:
         state = {"guard": self._guard.state(), "patience": self._patience.state()}
         noted = noted | self._setup.training.position(self._device) | state
         self._writer.save(self._setup.engine, self._setup.average, noted)
+        if self._record:
+            self._record.publish()
         if self._log:
             self._log.publish()
         self._window.checkpoint_s += time.monotonic() - started
@@ -221,17 +223,7 @@ def setup(job: TrainingJob, world_size: int, device: torch.device, checkpoint: C
     micro_batches = micro_batches_for(settings.global_batch_tokens, settings.micro_batch_tokens, world_size)
     converted = checkpoint is not None and checkpoints.needs_conversion(checkpoint, world_size)
     zero_config = deepspeed_config(settings, world_size, micro_batches, precision, load_universal=converted)
-    seed = settings.seed
-    with born_sharded(zero_config):
-        model = models.load_model(job.start, config, seed) if job.start else models.build_model(config, seed)
-    model.config.use_cache = False
-    if settings.kernels == "auto":
-        fuse(model, device)
-    if isinstance(settings, FinetuneSettings) and settings.lora:
-        model = models.with_lora(model, settings.lora)
-    model.train()
-    if settings.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = _model(job, config, zero_config, device)
     flops = model_flops(model)
     engine = build_engine(model, settings, zero_config, device)
     average = WeightAverage(engine, settings.ema_decay) if settings.ema_decay else None
@@ -249,6 +241,24 @@ def setup(job: TrainingJob, world_size: int, device: torch.device, checkpoint: C
         micro_batches=micro_batches,
         flops=flops,
     )
+
+
+def _model(
+    job: TrainingJob, config: PretrainedConfig, zero_config: dict[str, Any], device: torch.device
+) -> PreTrainedModel:
+    """The model as it is trained, with the weights that the run starts from."""
+    settings, seed = job.settings, job.settings.seed
+    with born_sharded(zero_config):
+        model = models.load_model(job.start, config, seed) if job.start else models.build_model(config, seed)
+    model.config.use_cache = False
+    if settings.kernels == "auto":
+        fuse(model, device)
+    if isinstance(settings, FinetuneSettings) and settings.lora:
+        model = models.with_lora(model, settings.lora)
+    model.train()
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
 
 def _scorer(job: TrainingJob, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> Scorer | None:
