@@ -36,8 +36,13 @@ class TrainingSettings(Section):
     """Padded tokens of one optimizer step over all workers."""
     micro_batch_tokens: int = Field(default=4_096, ge=16)
     """The most padded tokens that one worker holds at once; gradients accumulate to the global batch."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` (Jordan et al. 2024) orthogonalises the updates of the matrices between embeddings and output head; all
+    other weights are AdamW's. Its checkpoints are for the number of workers that wrote them."""
     learning_rate: float = Field(default=2e-3, gt=0)
     """The peak."""
+    muon_learning_rate: float = Field(default=0.02, gt=0)
+    """The peak for the matrices of Muon, on the same schedule."""
     schedule: Literal["wsd", "cosine", "linear", "inverse_sqrt", "constant"] = "wsd"
     warmup_steps: int = Field(default=50, ge=0)
     decay_ratio: float = Field(default=0.25, ge=0, le=1)
@@ -102,6 +107,12 @@ class TrainingSettings(Section):
             raise ValueError(f"offload: {self.offload} needs zero_stage {needed} or more, it is {self.zero_stage}")
         if self.offload_directory and self.offload == "none":
             raise ValueError("offload_directory has no effect with offload: none; say offload: optimizer, or all")
+        return self
+
+    @model_validator(mode="after")
+    def _of_fixed_width(self) -> Self:
+        if self.optimizer == "muon" and isinstance(self.workers, tuple):
+            raise ValueError(f"optimizer: muon needs a fixed number of workers, not {list(self.workers)}")
         return self
 
     @field_validator("workers")

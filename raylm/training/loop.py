@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from raylm import models
+from raylm.errors import TrainingError
 from raylm.metrics import perplexity
 from raylm.settings import FinetuneSettings
 from raylm.storage import StoragePath
@@ -222,6 +223,12 @@ def setup(job: TrainingJob, world_size: int, device: torch.device, checkpoint: C
     training = open_training(job, world_size, config, tokenizer)
     micro_batches = micro_batches_for(settings.global_batch_tokens, settings.micro_batch_tokens, world_size)
     converted = checkpoint is not None and checkpoints.needs_conversion(checkpoint, world_size)
+    if checkpoint and converted and settings.optimizer == "muon":
+        raise TrainingError(
+            f"{checkpoint.directory}: written by {checkpoint.world_size} workers with {settings.section}.optimizer: "
+            f"muon, whose state DeepSpeed does not convert for {world_size}; set {settings.section}.workers="
+            f"{checkpoint.world_size}"
+        )
     zero_config = deepspeed_config(settings, world_size, micro_batches, precision, load_universal=converted)
     model = _model(job, config, zero_config, device)
     flops = model_flops(model)

@@ -11,6 +11,7 @@ from raylm.training.examples import Split
 from raylm.training.guard import SpikeGuard
 from raylm.training.objectives import MicroBatch
 from raylm.training.throughput import ModelFlops
+from raylm.training.zero import RATE_RATIO
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +60,7 @@ def train_step(
     import torch.distributed as dist
 
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(RATE_RATIO, 1.0)
     targets = [micro_batch.target_tokens for micro_batch in batch]
     padded = sum(micro_batch.padded_tokens for micro_batch in batch)
     real = sum(micro_batch.real_tokens for micro_batch in batch)

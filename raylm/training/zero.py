@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+RATE_RATIO = "rate_ratio"
+"""In a parameter group: what the learning rate is multiplied with."""
+
+
 def resolve_precision(wanted: str, device: torch.device) -> str:
     """`fp32`, `bf16` or `fp16`; `auto` is bf16 on a GPU that computes in it, else fp32."""
     import torch
@@ -48,6 +52,7 @@ def deepspeed_config(
             "overlap_comm": False,
             "contiguous_gradients": True,
             "round_robin_gradients": False,
+            "reduce_scatter": settings.optimizer != "muon",  # which wants whole gradients
             # Small enough that a laptop's model is really sharded, and the default on a GPU's scale.
             "stage3_param_persistence_threshold": 10_000,
             **_offload(settings),
@@ -82,6 +87,16 @@ def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[s
         {"params": decayed, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
+
+
+def hidden_matrices(model: PreTrainedModel) -> set[torch.nn.Parameter]:
+    """What Muon trains: the matrices of linear layers, but for embeddings and the output head."""
+    import torch
+
+    ends = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module}
+    ends |= {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    linear = (module.weight for module in model.modules() if isinstance(module, torch.nn.Linear))
+    return {weight for weight in linear if weight.requires_grad and id(weight) not in ends}
 
 
 @contextlib.contextmanager
@@ -142,17 +157,32 @@ def build_engine(
     return engine
 
 
-def build_optimizer(model: PreTrainedModel, settings: TrainingSettings) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) over the model's trained parameters."""
+def build_optimizer(model: PreTrainedModel, settings: TrainingSettings) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) over the model's trained parameters, or Muon beside it."""
     import torch
 
-    return torch.optim.AdamW(
-        parameter_groups(model, settings.weight_decay),
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        fused=True,
+    groups = parameter_groups(model, settings.weight_decay)
+    adam = {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2), "eps": settings.epsilon}
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **adam, fused=True)
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    hidden = hidden_matrices(model)
+    for parameter in model.parameters():
+        parameter.use_muon = parameter in hidden
+    matrices, *_ = groups
+    orthogonal = {"params": [p for p in matrices["params"] if p in hidden], "weight_decay": settings.weight_decay}
+    matrices["params"] = [p for p in matrices["params"] if p not in hidden]
+    ratio = settings.muon_learning_rate / settings.learning_rate
+    optimizer: torch.optim.Optimizer = MuonWithAuxAdam(
+        [
+            {**orthogonal, "use_muon": True, "lr": settings.muon_learning_rate, RATE_RATIO: ratio},
+            *({**group, **adam, "use_muon": False} for group in groups if group["params"]),
+        ],
+        torch.optim.AdamW,
+        {"fused": True},
     )
+    return optimizer
 
 
 def load_engine(engine: DeepSpeedEngine, directory: Path, tag: str) -> None:

@@ -12,6 +12,7 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 from raylm import metrics, models
+from raylm.plots import run_charts
 from raylm.settings import Settings
 from raylm.storage import StoragePath
 from raylm.tasks import TASKS
@@ -81,3 +82,13 @@ def test_every_token_has_its_bytes(corpus: StoragePath, tmp_path: Path) -> None:
     backend.add_special_tokens(["</s>"])
     metaspace = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
     assert models.token_bytes(metaspace).tolist() == [0, 6, 1, 3, 1, 0]
+
+
+def test_scores_and_bits_have_curves_in_the_report() -> None:
+    rows = [
+        {"step": 10, "validation_loss": 2.0, "score_chrf_translate_de": 20.0, "validation_bits_per_byte": 3.0},
+        {"step": 20, "validation_loss": 1.0, "score_chrf_translate_de": 40.0, "validation_bits_per_byte": 2.5},
+    ]
+    shown = [what for what, _ in run_charts("run", rows)]
+    assert "chrf of validation rows: translate de over steps, from 20 to 40" in shown
+    assert "bits per byte of validation text over steps, from 3 to 2.5" in shown
