@@ -218,7 +218,7 @@ def test_the_command_says_it_as_a_table_and_as_json(cluster_file: str, corpus: S
 
 
 def test_a_dry_run_takes_seconds_and_starts_nothing(cluster_file: str, corpus: StoragePath) -> None:
-    """As a person runs it. Seconds of CPU, as this machine may be busy with something else."""
+    """As a person runs it. Seconds of CPU, and more than it takes by itself: this machine may be busy with others."""
     code = (
         "import sys; from raylm.cli import main; main(sys.argv[1:], standalone_mode=False); "
         "print([name for name in ('ray', 'deepspeed') if name in sys.modules])"
@@ -231,7 +231,7 @@ def test_a_dry_run_takes_seconds_and_starts_nothing(cluster_file: str, corpus: S
     )  # fmt: skip
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert found.stdout.splitlines()[-1] == "[]"
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
     assert found.stderr == ""
 
 
