@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+SCORE = "score_"
+"""What begins the keys of scores in a run's log, such as `score_chrf_translate_de`."""
+
 
 def chrf(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
     """Corpus chrF2, 0…100 (Popović 2015), with sacreBLEU's signature."""

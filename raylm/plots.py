@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from raylm.metrics import SCORE
+
 MOST_POINTS = 500
 """Of a line; a chart is not much wider in pixels."""
 
@@ -73,7 +75,7 @@ def run_charts(name: str, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 def scores(rows: list[dict[str, Any]]) -> list[str]:
     """The keys of what validation says of answers, such as `score_chrf_translate_de`."""
-    return sorted({key for row in rows for key in row if key.startswith("score_")})
+    return sorted({key for row in rows for key in row if key.startswith(SCORE)})
 
 
 def _said(score: str) -> str:

@@ -173,6 +173,9 @@ class StoragePath:
     def write_json(self, value: Any) -> None:
         self.write_bytes((json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
 
+    def write_jsonl(self, rows: Rows) -> None:
+        self.write_bytes("".join(json.dumps(row) + "\n" for row in rows).encode())
+
     def writing(self) -> AtomicWriter:
         """A context that gives a stream and publishes what was written to it when it ends well."""
         return AtomicWriter(self)
@@ -233,10 +236,11 @@ class StoragePath:
         """
         if self.is_local:
             return self.local()
-        files = [self] if self.is_file() else [file for file, info in self.list() if info.is_file]
+        own = self.info()
+        files = [(self, own)] if own.is_file else [(file, info) for file, info in self.list() if info.is_file]
         if not files:
             raise FileNotFoundError(f"there is nothing at {self}")
-        versions = [(file.name, file.info().size, file.info().mtime_ns) for file in files]
+        versions = [(file.name, info.size, info.mtime_ns) for file, info in files]
         copies = cache_directory() / "copies"
         copies.mkdir(parents=True, exist_ok=True)
         place = copies / f"{self.name}-{fingerprint([self.uri, versions])}"
@@ -245,10 +249,10 @@ class StoragePath:
             if not place.is_dir():
                 partial = place.with_suffix(".partial")
                 shutil.rmtree(partial, ignore_errors=True)
-                for file in files:
+                for file, _ in files:
                     file.download(partial / file.name)
                 partial.rename(place)
-        return place / self.name if files == [self] else place
+        return place / self.name if own.is_file else place
 
     def content_hash(self) -> str:
         """The xxh3-128 of the file's bytes, in hex."""

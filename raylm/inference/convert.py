@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raylm.errors import ArtifactError
-from raylm.inference.model import ModelInfo, rename_or_discard
+from raylm.inference.model import ModelInfo
 from raylm.storage import cache_directory
 
 
@@ -40,7 +40,7 @@ def _convert_into(home: Path, name: str, model: ModelInfo, quantization: str) ->
             work = Path(tempfile.mkdtemp(prefix=".convert-", dir=home))
             try:
                 _convert(model, quantization, work / "model")
-                rename_or_discard(work / "model", home / name)
+                _rename_or_discard(work / "model", home / name)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
     return home / name
@@ -82,3 +82,12 @@ def _is_writable(directory: Path) -> bool:
             return os.access(directory, os.W_OK)
     except OSError:
         return False
+
+
+def _rename_or_discard(made: Path, target: Path) -> None:
+    """Give a finished directory its name; where another process was first, its equal one stays."""
+    try:
+        made.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise

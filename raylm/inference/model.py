@@ -189,12 +189,3 @@ def _at_hand(path: str) -> Path:
     if not place.is_local and not place.is_dir():
         raise ArtifactError(f"model {place}: there is no such directory")
     return place.at_hand()
-
-
-def rename_or_discard(made: Path, target: Path) -> None:
-    """Give a finished directory its name; where another process was first, its equal one stays."""
-    try:
-        made.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise

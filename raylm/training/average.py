@@ -7,6 +7,7 @@ along workers, and a run that continues on another number of workers reads the f
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,8 +114,6 @@ class WeightAverage:
 
 def deal(shapes: dict[str, tuple[int, ...]], ranks: int) -> dict[str, int]:
     """Who averages each weight: the largest first, each to the rank that has least so far."""
-    import math
-
     load = [0] * ranks
     owners = {}
     for name, size in sorted(((n, math.prod(s)) for n, s in shapes.items()), key=lambda item: (-item[1], item[0])):

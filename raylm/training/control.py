@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from raylm.metrics import SCORE
 from raylm.progress import Progress, note
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ class Follower:
         elif "world_size" in row:
             self._show_start(row["step"], row["world_size"])
         elif "validation_loss" in row:
-            scores = "".join(f"  {name.split('_')[1]} {row[name]:.1f}" for name in row if name.startswith("score_"))
+            scores = "".join(f"  {name.split('_')[1]} {row[name]:.1f}" for name in row if name.startswith(SCORE))
             self._validation = f"  validation {row['validation_loss']:.3f}{scores}"
         else:
             detail = f"{row['tokens_per_s']:,.0f} tokens/s  loss {row['loss']:.3f}{self._validation}"

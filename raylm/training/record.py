@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from raylm.errors import TrainingError
@@ -40,4 +39,4 @@ class DataRecord:
         self._rows.append(row)
 
     def publish(self) -> None:
-        self._file.write_bytes("".join(json.dumps(row) + "\n" for row in self._rows).encode())
+        self._file.write_jsonl(self._rows)

@@ -56,6 +56,6 @@ class Scorer:
                     whole[number::every] = share
                 name = TASKS[held_out.task].metrics[0]
                 found = metrics.score((name,), whole, held_out.targets, held_out.to)
-                scores[f"score_{name}_{held_out.name}".lower().replace("-", "_")] = found[name]
+                scores[f"{metrics.SCORE}{name}_{held_out.name}".lower().replace("-", "_")] = found[name]
         engine.train()
         return scores

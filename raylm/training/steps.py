@@ -123,7 +123,8 @@ def validate(
     device: torch.device,
     token_bytes: NDArray[np.int64] | None = None,
 ) -> Validation:
-    """
+    """How well the model does on the first global batches of a split. A collective of all ranks.
+
     :param batches: how many.
     :param token_bytes: (vocabulary,) bytes of text that each token stands for, where the targets are a whole text.
     """

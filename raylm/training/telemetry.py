@@ -7,7 +7,6 @@ names a tracking server.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import queue
 import threading
@@ -146,7 +145,7 @@ class MetricsLog:
             board.add(row)
 
     def publish(self) -> None:
-        self._file.write_bytes("".join(json.dumps(row) + "\n" for row in self._rows).encode())
+        self._file.write_jsonl(self._rows)
         for board in self._boards:
             board.flush()
 
