@@ -334,6 +334,8 @@ class Manifest:
     wall_time_s: float = 0.0
     created_at: str = ""
     version: str = __version__
+    seal: str = ""
+    """A hash of all the rest of the file; manifests of old have none."""
     directory: str = ""
     """Where it was written to or read from; not in the file, which may be moved."""
 
@@ -341,24 +343,29 @@ class Manifest:
         """Publish this manifest into its directory: from now on the artifact exists."""
         self.created_at = datetime.now(UTC).isoformat(timespec="seconds")
         self.directory = str(directory)
-        content = asdict(self)
-        del content["directory"]
-        (directory / MANIFEST).write_json(content)
+        content = {name: value for name, value in asdict(self).items() if name not in ("seal", "directory")}
+        content = json.loads(json.dumps(content, default=str))  # what a reader will find
+        self.seal = fingerprint(content)
+        (directory / MANIFEST).write_json({**content, "seal": self.seal})
         return self
 
     @classmethod
     def read(cls, directory: StoragePath) -> Manifest | None:
         """The manifest of an artifact, or None where it is absent or unfinished.
 
-        :raises ArtifactError: there is a manifest that cannot be read.
+        :raises ArtifactError: there is a manifest that cannot be read, or that was changed after it was written.
         """
         file = directory / MANIFEST
         if not file.is_file():
             return None
         try:
-            return cls(**file.read_json(), directory=str(directory))
+            content = file.read_json()
+            manifest = cls(**content, directory=str(directory))
         except (ValueError, TypeError) as error:
             raise ArtifactError(f"{file}: not a manifest of raylm ({error})") from error
+        if content.pop("seal", None) not in (None, "", fingerprint(content)):
+            raise ArtifactError(f"{file}: is not as it was written, its seal does not fit; make the artifact anew")
+        return manifest
 
 
 def fingerprint(value: Any) -> str:

@@ -58,6 +58,10 @@ def test_a_manifest_comes_back_as_it_was(tmp_path: Path) -> None:
     assert Manifest.read(directory) is None
     written = Manifest(stage="prepare", counts={"read": 3}, samples=[{"text": "日本"}]).write(directory)
     assert Manifest.read(directory) == written
+    file = tmp_path / "manifest.json"
+    file.write_text(file.read_text().replace('"read": 3', '"read": 4'))
+    with pytest.raises(ArtifactError, match="is not as it was written"):
+        Manifest.read(directory)
     (tmp_path / "manifest.json").write_text('{"unheard": 1}')
     with pytest.raises(ArtifactError, match="not a manifest"):
         Manifest.read(directory)

@@ -1,7 +1,7 @@
 """Checkpoints that are complete or invisible: every rank's shards first, a manifest of all files last.
 
 A checkpoint is `<run>/checkpoints/step-00000100/` with what DeepSpeed saved and our manifest: each file's size and
-hash, and a hash of the manifest itself. One whose files do not fit is refused, and the one before it is used instead.
+hash. One whose files do not fit is refused, and the one before it is used instead.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ def checkpoints(run: StoragePath, say: Callable[[str], None] = lambda _: None) -
             continue
         if manifest is None:
             continue
-        if manifest.stage == "checkpoint" and manifest.inputs.get("seal") == _seal(manifest):
+        if manifest.stage == "checkpoint" and manifest.seal:
             found.append(Checkpoint(directory, manifest))
         else:
-            say(f"checkpoint {directory.name} is damaged and not used: {directory / MANIFEST} is not as it was written")
+            say(f"checkpoint {directory.name} is not used: {directory / MANIFEST} is not a checkpoint's")
     return found
 
 
@@ -134,11 +134,6 @@ def _best_of(candidates: list[Checkpoint]) -> Checkpoint:
         return float("inf") if checkpoint.validation_loss is None else checkpoint.validation_loss
 
     return min(reversed(candidates), key=loss)
-
-
-def _seal(manifest: Manifest) -> str:
-    """A hash of what a manifest says, which it carries itself."""
-    return fingerprint([manifest.settings, manifest.outputs, manifest.metrics])
 
 
 # -------------------------------------------------------------------------------------------- writing
@@ -301,7 +296,6 @@ def _complete(directory: StoragePath, manifest: Manifest, world_size: int, aband
             return
     parts = [_part(directory, rank) for rank in range(world_size)]
     manifest.outputs = sorted((file for part in parts for file in part.read_json()), key=lambda file: str(file["name"]))
-    manifest.inputs = {"seal": _seal(manifest)}
     _persistently(directory, partial(manifest.write, directory))
 
 
@@ -331,10 +325,8 @@ def load(engine: DeepSpeedEngine, average: WeightAverage | None, checkpoint: Che
     import torch.distributed as dist
 
     leads = ray.train.get_context().get_local_rank() == 0
-    place = (
-        Path(tempfile.gettempdir())
-        / f"raylm-load-{fingerprint([str(checkpoint.directory), _seal(checkpoint.manifest)])}"
-    )
+    place = Path(tempfile.gettempdir())
+    place /= f"raylm-load-{fingerprint([str(checkpoint.directory), checkpoint.manifest.seal])}"
     try:
         if leads:
             shutil.rmtree(place, ignore_errors=True)

@@ -147,11 +147,11 @@ def test_a_manifest_that_says_something_else_is_refused(two_checkpoints: Path, t
     shutil.copytree(two_checkpoints / "checkpoints", run / "checkpoints")
     file = run / "checkpoints/step-00000012/manifest.json"
     manifest = json.loads(file.read_text())
-    manifest["metrics"]["step"] = 11
-    file.write_text(json.dumps(manifest))
-    said: list[str] = []
-    assert [c.step for c in checkpoints.checkpoints(StoragePath(str(run)), said.append)] == [6]
-    assert "is not as it was written" in said[0]
+    for part, says in ({"created_at": "2001-01-01"}, "is not as it was written"), ({"seal": ""}, "not a checkpoint's"):
+        file.write_text(json.dumps(manifest | part))
+        said: list[str] = []
+        assert [c.step for c in checkpoints.checkpoints(StoragePath(str(run)), said.append)] == [6]
+        assert says in said[0]
 
 
 def test_a_full_disk_ends_training_with_its_name(

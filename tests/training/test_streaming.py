@@ -39,7 +39,7 @@ def train(settings: Settings) -> Manifest:
 
 
 def places(run: StoragePath) -> list[int]:
-    return sorted(int(file.name[6:14]) for file, _ in (run / RECORD).list())
+    return sorted(int(file.name[6:14]) for file, _ in (run / RECORD).list() if file.name.startswith("place-"))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
