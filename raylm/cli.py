@@ -155,10 +155,10 @@ def _batch_options(command: Command) -> Command:
     options = [
         click.argument("input_path", metavar="INPUT"),
         click.option("--model", help="Model directory. Default: the one that `raylm export` wrote."),
-        click.option("--column", help="Column with the text. Default: the only one that holds strings."),
         click.option("--output", type=click.Path(), help="Where to write. Default: beside the input."),
         click.option("--limit", type=click.IntRange(min=1), help="Only the first rows of the input."),
         click.option("--overwrite", is_flag=True, help="Replace an output that is there."),
+        click.option("--max-errors", help="Fail where more rows than this have an error: 20, or 1%. Default: never."),
         click.option("--through", type=click.Choice(["actors", "serve"]), default="actors", show_default=True,
                      help="Own engine actors, or the replicas of a running `raylm serve`."),
         click.option("--dry-run", is_flag=True, help="Say rows, tokens and time; write nothing."),
@@ -169,12 +169,18 @@ def _batch_options(command: Command) -> Command:
     return _with_settings(command)
 
 
+_column_option = click.option("--column", help="Column with the text. Default: the only one that holds strings.")
+_prompt_option = click.option("--prompt", help="Words of your own around columns: 'Write a title: {text}'.")
+
+
 @main.command("batch-translate")
 @_batch_options
+@_column_option
+@_prompt_option
 @click.option("--from", "source_language", help="Source language, for models that know several.")
 @click.option("--to", help="Target language. Default: the model's only one.")
 def batch_translate(settings: Settings, **arguments: Any) -> None:
-    """Translate a column of parquet, jsonl or csv files."""
+    """Translate a column of parquet, Arrow, jsonl or csv files."""
     from raylm.tasks import TRANSLATE
 
     _batch(settings, TRANSLATE, **arguments)
@@ -182,20 +188,78 @@ def batch_translate(settings: Settings, **arguments: Any) -> None:
 
 @main.command("batch-summarize")
 @_batch_options
+@_column_option
+@_prompt_option
 def batch_summarize(settings: Settings, **arguments: Any) -> None:
-    """Summarise a column of parquet, jsonl or csv files."""
+    """Summarise a column of parquet, Arrow, jsonl or csv files."""
     from raylm.tasks import SUMMARIZE
 
     _batch(settings, SUMMARIZE, **arguments)
 
 
-def _batch(settings: Settings, task: Task, input_path: str, model: str | None, as_json: bool, **arguments: Any) -> None:
+@main.command("batch-generate")
+@_batch_options
+@_column_option
+@_prompt_option
+def batch_generate(settings: Settings, **arguments: Any) -> None:
+    """Have a model write on from a column, or from words of your own around several."""
+    from raylm.tasks import GENERATE
+
+    _batch(settings, GENERATE, **arguments)
+
+
+@main.command("batch-classify")
+@_batch_options
+@_column_option
+def batch_classify(settings: Settings, **arguments: Any) -> None:
+    """Give each text of a column one of the model's labels, with its probability."""
+    from raylm.tasks import CLASSIFY
+
+    _batch(settings, CLASSIFY, **arguments)
+
+
+@main.command("batch-answer")
+@_batch_options
+@click.option("--question", help="Column with the question. Default: the one called so.")
+@click.option("--context", help="Column with the text that says the answer. Default: the one called so.")
+@_prompt_option
+def batch_answer(settings: Settings, question: str | None, context: str | None, **arguments: Any) -> None:
+    """Answer each row's question from the text in its context."""
+    from raylm.tasks import ANSWER
+
+    _batch(settings, ANSWER, columns={"question": question, "context": context}, **arguments)
+
+
+def _batch(
+    settings: Settings,
+    task: Task,
+    input_path: str,
+    model: str | None,
+    as_json: bool,
+    column: str | None = None,
+    columns: dict[str, str | None] | None = None,
+    prompt: str | None = None,
+    max_errors: str | None = None,
+    **arguments: Any,
+) -> None:
     from raylm.inference.batch import run_batch
 
+    if prompt is not None:
+        settings = settings_module.with_options(settings, "batch", {"prompt": prompt})
+    if max_errors is not None:
+        limit = int(max_errors) if max_errors.isdecimal() else max_errors
+        settings = settings_module.with_options(settings, "batch", {"max_errors": limit})
+    named = {field: name for field, name in ({"text": column} | (columns or {})).items() if name is not None}
     with ExitStack() as stack:
         session = ray_session(join=arguments["through"] == "serve")
         manifest = run_batch(
-            settings, task, input_path, model=model, connect=lambda: stack.enter_context(session), **arguments
+            settings,
+            task,
+            input_path,
+            model=model,
+            columns=named,
+            connect=lambda: stack.enter_context(session),
+            **arguments,
         )
         _print(manifest, as_json)
 
@@ -206,7 +270,7 @@ def _batch(settings: Settings, task: Task, input_path: str, model: str | None, a
 @click.option("--port", type=int, help="Port to listen on. Default: serve.port.")
 @_with_settings
 def serve(settings: Settings, model: str | None, host: str | None, port: int | None) -> None:
-    """Answer POST /v1/translate and /v1/summarize until interrupted."""
+    """Answer POST /v1/translate, /v1/summarize and so on, as the model can, until interrupted."""
     from raylm.inference.serve import start_service, stop_service, wait_for_signal
 
     chosen = {key: value for key, value in (("host", host), ("port", port)) if value is not None}

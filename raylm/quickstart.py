@@ -46,7 +46,6 @@ def run_quickstart(settings: Settings, out: str | None, to: str) -> str:
                 task,
                 str(inputs),
                 model=model,
-                column="text",
                 to=to if task is TRANSLATE else None,
                 overwrite=True,
             )

@@ -10,19 +10,19 @@ import shutil
 import time
 import urllib.parse
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import xxhash
 from pyarrow import fs
 
 from raylm import __version__
-from raylm.errors import ArtifactError, OutputError
+from raylm.errors import ArtifactError, InputError, OutputError
 
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
@@ -30,8 +30,11 @@ METRICS = "metrics.jsonl"
 PREDICTIONS = "predictions.jsonl"
 """In an evaluation: what the model answered to each held-out source."""
 _COPY_BYTES = 8 << 20
+_RETRY_AFTER_S = (1.0, 5.0, 20.0)
+"""How long to wait before an object store is asked again."""
 
 Rows = list[dict[str, Any]]
+T = TypeVar("T")
 
 _LOCAL = fs.LocalFileSystem()
 
@@ -302,6 +305,19 @@ class AtomicWriter:
                 self._stream.abort()
         except (OSError, AttributeError):
             pass  # what failed was the disk; the first error says so
+
+
+def persistently(place: StoragePath, action: Callable[[], T]) -> T:
+    """What an action on a place gives; an object store that refuses is asked again after a while.
+
+    :raises RaylmError: as the action; it refuses for good, or it is a local disk that does.
+    """
+    for wait_s in () if place.is_local else _RETRY_AFTER_S:
+        try:
+            return action()
+        except (InputError, OutputError):
+            time.sleep(wait_s)
+    return action()
 
 
 def _reason(error: OSError) -> str:

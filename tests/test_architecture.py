@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "raylm"
 FLOORS = [
     {"errors"},
     {"settings", "storage", "progress"},
-    {"tasks", "models", "metrics", "sentences"},
+    {"tasks", "models", "metrics", "sentences", "language"},
     {"summary", "plots"},
     {"corpus", "training", "inference", "report"},
     {"quickstart"},

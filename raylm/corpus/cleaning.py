@@ -18,6 +18,7 @@ from raylm.corpus.rows import Cleaned, Dropped, cleaned_records, cleaned_table
 from raylm.corpus.sources import Unit
 from raylm.corpus.steps import BATCH_ROWS, Result, run_step, write_table
 from raylm.errors import InputError
+from raylm.settings.section import is_within, limit_text
 from raylm.storage import StoragePath
 
 _RUN_BYTES = 32 << 20  # of text that a worker holds before it sorts and writes
@@ -111,12 +112,11 @@ def check_rejected(limit: float | int, read: int, rejected: int, rows: list[dict
     :param rows: some of those that could not; the error shows the first.
     :raises InputError: there are more.
     """
-    if rejected <= (limit * read if isinstance(limit, float) else limit):
+    if is_within(limit, rejected, read):
         return
-    shown = f"{limit:.2%} of the rows" if isinstance(limit, float) else f"{limit} rows"
     raise InputError(
-        f"corpus: {rejected:,} of {read:,} rows could not be read, corpus.max_rejected allows {shown}; the first:"
-        f" {rows[0]['file']}, at {rows[0]['position']}: {rows[0]['error']}"
+        f"corpus: {rejected:,} of {read:,} rows could not be read, corpus.max_rejected allows {limit_text(limit)};"
+        f" the first: {rows[0]['file']}, at {rows[0]['position']}: {rows[0]['error']}"
     )
 
 

@@ -18,8 +18,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from raylm.corpus.language import WIDE_LETTERS, identify, primary, same_language
 from raylm.corpus.stopwords import STOP_WORDS
+from raylm.language import WIDE_LETTERS, identify, primary, same_language
 from raylm.settings import FilterSettings
 
 # Scripts written without spaces: Thai, Lao, Myanmar, Khmer; kana, ideographs and their punctuation.

@@ -12,7 +12,7 @@ import unicodedata
 from collections import Counter
 
 from raylm.corpus.filters import width
-from raylm.corpus.language import identify, is_known, likeliest, primary, same_language
+from raylm.language import identify, is_known, likeliest, primary, same_language
 from raylm.settings import PairFilterSettings
 
 _SHORT_WIDTH = 20.0

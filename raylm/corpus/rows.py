@@ -15,11 +15,11 @@ import xxhash
 
 from raylm.corpus.clean import clean, clean_line
 from raylm.corpus.filters import reject_document
-from raylm.corpus.language import identify
 from raylm.corpus.pair_filters import reject_labelled, reject_pair
 from raylm.corpus.pii import mask
 from raylm.corpus.readers import EXCERPT_CHARS
 from raylm.corpus.records import Document, Pair, Record, Rejected
+from raylm.language import identify
 from raylm.settings import CldrSource, CorpusSettings, PairFileSource
 from raylm.tasks import CLASSIFY
 

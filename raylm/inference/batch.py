@@ -7,32 +7,27 @@ done, plan its chunks, answer those that are not done, put the parts together, w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from raylm import errors
-from raylm.inference.chunks import (
-    Chunk,
-    Job,
-    claim_output,
-    finished_manifest,
-    job_key,
-    output_files,
-    output_place,
-    plan_job,
-    read_part,
-    result_schema,
-)
+from raylm.errors import RaylmError
+from raylm.inference.check import check_answers, check_references
+from raylm.inference.chunks import Chunk, Job, job_key, plan_job, read_part
+from raylm.inference.claim import LOCK, claimed_output, finished_manifest, output_files, output_place
 from raylm.inference.estimate import estimate
-from raylm.inference.io import InputFile, format_of, list_inputs, read_texts
+from raylm.inference.io import InputFile, format_of, list_inputs, read_fields
 from raylm.inference.model import ModelInfo, absolute
 from raylm.inference.output import write_output
+from raylm.inference.prompts import prompt_for
 from raylm.inference.workers import REQUESTS, answer_on_actors, answer_through_service, plan_workers
 from raylm.progress import Progress
 from raylm.settings import Settings, model_directory
+from raylm.settings.section import is_within, limit_text
 from raylm.storage import MANIFEST, Manifest, Stopwatch, StoragePath
 from raylm.tasks import Task
 
@@ -45,7 +40,7 @@ def run_batch(
     input: str,
     *,
     model: str | None = None,
-    column: str | None = None,
+    columns: Mapping[str, str] | None = None,
     source_language: str | None = None,
     to: str | None = None,
     output: str | None = None,
@@ -57,9 +52,10 @@ def run_batch(
 ) -> Manifest:
     """The manifest of a finished job; of an earlier one where the same job has been done before.
 
-    :param input: a Parquet, JSON Lines or CSV file, a directory or a glob; local or on any storage.
+    :param input: a Parquet, Arrow, JSON Lines or CSV file, a directory or a glob; local or on any storage.
     :param model: its directory; default: `<storage>/models/<model.name>`, or with `serve` what is served.
-    :param column: the text column; default: the only one that holds text.
+    :param columns: which column each field of the task, or of `batch.prompt`, is; default: the one of its name, for
+        `text` the only one that holds text.
     :param to: the target language; default: the model's only one.
     :param output: a file, or a directory where the input is several files; its suffix decides the format.
     :param limit: only the first rows.
@@ -76,65 +72,77 @@ def run_batch(
     model = absolute(model) if model else None
     files = list_inputs(input)
     target = output_place(input, files, task, output)
-    call_service = None
+    columns = dict(columns or {})
+    ask_service = None
     decode = settings.batch.decode
     if through == "serve":
         if connect:
             connect()
         from raylm.inference.serve import connect_to_service  # imports Ray, whose environment `connect` may set
 
-        info, decode, call_service = connect_to_service(model)
+        info, decode, ask_service = connect_to_service(model)
     else:
         info = ModelInfo.load(model or absolute(model_directory(settings)))
-    prompt_token = info.prompt_token(task, to, source_language)
-    asked = {"task": task.name, "prompt_token": prompt_token, "column": column, "limit": limit}
+    prompt = prompt_for(info, task, to, source_language, settings.batch.prompt, settings.batch.system)
+    asked = {"prompt": asdict(prompt), "columns": columns, "limit": limit}
     key = job_key(files, info.fingerprint, decode, asked)
     if dry_run:
-        return estimate(settings.batch, task, info, prompt_token, files, column, limit)
+        return estimate(settings.batch, info, prompt, files, columns, limit)
     if finished := finished_manifest(target, key):
         return finished
 
-    work = claim_output(target, key, overwrite)
-    job = plan_job(files, task, prompt_token, column, limit, settings.batch.chunk_rows, work, key)
-    left = job.unfinished()
-    workers = 0
-    if left:
-        if call_service:
-            workers, done = REQUESTS, answer_through_service(job, left, call_service)
-        else:
+    with claimed_output(target, key, overwrite) as work:
+        batch = settings.batch.model_copy(update={"decode": decode})
+        job = plan_job(files, prompt, columns, limit, batch, work, key)
+        if batch.check:
+            check_references(job, batch.check)
+        left = job.unfinished()
+        workers = 0
+        done: Iterator[dict[str, Any]] = iter(())
+        if left and ask_service:
+            workers, done = REQUESTS, answer_through_service(job, left, ask_service)
+        elif left:
             if connect:
                 connect()
-            workers, device = plan_workers(settings.batch.workers, len(left))
+            workers, device = plan_workers(batch.workers, len(left))
             done = answer_on_actors(job, left, info.uri, decode, workers, device)
-        _follow(job, left, done)
-    manifest = _assemble(job, files, output_files(target, files, input), work)
-    manifest.settings = {
-        "key": key,
-        **asked,
-        "column": job.columns[0],
-        "to": to,
-        "model": info.where,
-        "model_fingerprint": info.fingerprint,
-        "decode": decode.model_dump(),
-        "chunk_rows": settings.batch.chunk_rows,
-        "through": through,
-        "workers": workers,
-    }
-    _add_speed(manifest, job, left, watch)
-    manifest.write(work)
-    (work / "job.json").delete()
-    for place, _ in work.list():
-        if place.name != MANIFEST:
-            place.delete()
+        _follow(job, left, done, batch.max_errors)
+        checked = check_answers(job, batch.check) if batch.check else {}
+        manifest = _assemble(job, files, output_files(target, files, input), work)
+        manifest.settings = {
+            "key": key,
+            **asked,
+            "columns": dict(zip(prompt.fields, job.columns[0], strict=True)),
+            "to": to,
+            "model": info.where,
+            "model_fingerprint": info.fingerprint,
+            "decode": decode.model_dump(),
+            "chunk_rows": batch.chunk_rows,
+            "through": through,
+            "workers": workers,
+        }
+        _add_speed(manifest, job, left, watch)
+        manifest.metrics |= checked
+        manifest.write(work)
+        for place, _ in work.list():
+            if place.name not in (MANIFEST, LOCK):
+                place.delete()
     return manifest
 
 
-def _follow(job: Job, left: list[Chunk], done: Iterator[dict[str, Any]]) -> None:
-    """Show how the chunks are getting done, until all are."""
-    rows = job.rows - sum(chunk.rows for chunk in left)
-    failed = tokens = 0
+def _follow(job: Job, left: list[Chunk], done: Iterator[dict[str, Any]], max_errors: float | int | None) -> None:
+    """Show how the chunks are getting done, until all are.
+
+    :raises RaylmError: a worker cannot go on, or more rows have an error than may.
+    """
+    undone = set(left)
+    finished = [chunk for chunk in job.chunks if chunk not in undone]
+    rows = sum(chunk.rows for chunk in finished)
+    failed = 0 if max_errors is None else sum(_failures(job, chunk) for chunk in finished)
+    tokens, first = 0, "answered by an earlier run"
+    _check_errors(job, failed, first, max_errors)
     watch = Stopwatch()
-    with Progress(f"batch-{job.task_name}", job.rows, "rows") as progress:
+    with Progress(f"batch-{job.task.name}", job.rows, "rows") as progress:
         progress.resume_at(rows)
         for counts in done:
             if counts.get("failure"):
@@ -142,8 +150,24 @@ def _follow(job: Job, left: list[Chunk], done: Iterator[dict[str, Any]]) -> None
             rows += counts["rows"]
             failed += counts["errors"]
             tokens += counts["output_tokens"]
+            _check_errors(job, failed, counts["first_error"] or first, max_errors)
+            first = counts["first_error"] or first
             speed = tokens / max(watch.elapsed_s, 1e-3)
             progress.update(rows, f"{speed:,.0f} tokens/s" + (f"  {failed:,} errors" if failed else ""))
+
+
+def _check_errors(job: Job, failed: int, example: str, limit: float | int | None) -> None:
+    if limit is not None and not is_within(limit, failed, job.rows):
+        raise RaylmError(
+            f"batch-{job.task.name}: {failed:,} of {job.rows:,} rows have an error, batch.max_errors allows"
+            f" {limit_text(limit)}; one of them: {example}. What is done is kept, the same command with another"
+            " max_errors goes on from there"
+        )
+
+
+def _failures(job: Job, chunk: Chunk) -> int:
+    part = read_part(job, chunk)
+    return int(part.num_rows - part["error"].null_count)
 
 
 # ------------------------------------------------------------------------------------------ assembling
@@ -158,19 +182,20 @@ def _assemble(job: Job, files: list[InputFile], places: list[StoragePath], work:
     (work / MANIFEST).delete()
     counts: Counter[str] = Counter(rows=0, answered=0, errors=0, truncated=0)
     reasons: Counter[str] = Counter()
+    quality: Counter[str] = Counter()
     tokens: Counter[str] = Counter(source_tokens=0, output_tokens=0)
     outputs = []
     for number, (table, place) in enumerate(zip(job.tables, places, strict=True)):
         chunks = [chunk for chunk in job.chunks if chunk.file == number]
         rows = sum(chunk.rows for chunk in chunks)
-        write_output(table, rows, _answers(job, chunks, counts, reasons, tokens), place, format_of(place.name))
+        write_output(table, rows, _answers(job, chunks, counts, reasons, quality, tokens), place, format_of(place.name))
         outputs.append({"path": str(place), "rows": rows, "bytes": place.info().size})
     kept = {output["path"] for output in outputs}
     for output in old.outputs if old else []:
         if output["path"] not in kept and len(places) > 1:
             StoragePath(output["path"]).delete()
     return Manifest(
-        stage=f"batch-{job.task_name}",
+        stage=f"batch-{job.task.name}",
         inputs={
             "files": [
                 {
@@ -183,18 +208,22 @@ def _assemble(job: Job, files: list[InputFile], places: list[StoragePath], work:
             ]
         },
         outputs=outputs,
-        counts={**counts, "error_reasons": dict(reasons.most_common())},
+        counts={**counts, "error_reasons": dict(reasons.most_common()), "quality": dict(quality.most_common())},
         metrics=dict(tokens),
         samples=_samples(job),
     )
 
 
 def _answers(
-    job: Job, chunks: list[Chunk], counts: Counter[str], reasons: Counter[str], tokens: Counter[str]
+    job: Job,
+    chunks: list[Chunk],
+    counts: Counter[str],
+    reasons: Counter[str],
+    quality: Counter[str],
+    tokens: Counter[str],
 ) -> Iterator[pa.RecordBatch]:
     """The result columns of some chunks in order, counted on their way, with an empty batch before them."""
-    schema = result_schema(job.task)
-    yield pa.record_batch([pa.array([], field.type) for field in schema], schema)
+    yield pa.record_batch([pa.array([], field.type) for field in job.results], job.results)
     for chunk in chunks:
         part = read_part(job, chunk)
         errors_ = [reason for reason in part["error"].to_pylist() if reason is not None]
@@ -205,18 +234,20 @@ def _answers(
             truncated=pc.sum(part["truncated"]).as_py() or 0,
         )
         reasons.update(reason.partition(":")[0] for reason in errors_)
+        if "quality" in part.schema.names:
+            quality.update(flag for found in part["quality"].to_pylist() if found for flag in found.split(", "))
         for name in tokens:
             tokens[name] += pc.sum(part[name]).as_py() or 0
-        yield part.select(schema.names)
+        yield part.select(job.results.names)
 
 
 def _samples(job: Job) -> list[dict[str, Any]]:
     """The first rows that have an answer, for a person to look at."""
     for chunk in job.chunks[:1]:
-        texts = read_texts(job.tables[chunk.file], job.columns[chunk.file], chunk.start, chunk.stop)
+        rows = read_fields(job.tables[chunk.file], job.columns[chunk.file], chunk.start, chunk.stop)
         answers = read_part(job, chunk)[job.task.column].to_pylist()
-        pairs = zip(texts.values, answers, strict=True)
-        shown = [{"source": text, "output": answer} for text, answer in pairs if answer is not None]
+        pairs = zip(rows.values, answers, strict=True)
+        shown = [{"source": row[0], "output": answer} for row, answer in pairs if answer is not None]
         return shown[:_SAMPLES]
     return []
 

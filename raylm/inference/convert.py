@@ -13,6 +13,20 @@ from raylm.errors import ArtifactError
 from raylm.inference.model import ModelInfo
 from raylm.storage import cache_directory
 
+_CONVERTIBLE = {
+    "encoder-decoder": ("bart", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "umt5"),
+    "decoder": (
+        "bloom", "codegen", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neox", "gptj",
+        "llama", "mistral", "opt", "phi", "phi3", "qwen2", "qwen3",
+    ),
+}  # fmt: skip
+"""What CTranslate2 has a converter for, told without importing PyTorch."""
+
+
+def is_convertible(model: ModelInfo) -> bool:
+    """Whether CTranslate2 knows a model's type."""
+    return model.model_type in _CONVERTIBLE.get(model.kind, ())
+
 
 def converted_model(model: ModelInfo, quantization: str) -> Path:
     """The CTranslate2 form of a model, made once for each state of the model and kept beside it.
@@ -60,7 +74,9 @@ def _convert(model: ModelInfo, quantization: str, target: Path) -> None:
         TransformersConverter(str(model.directory)).convert(str(target), quantization=quantization)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ArtifactError(f"model {model.where}: CTranslate2 cannot convert it: {reason}") from error
+        raise ArtifactError(
+            f"model {model.where}: CTranslate2 cannot convert it: {reason}; decode.engine=transformers runs it without"
+        ) from error
     finally:
         if bars:
             logging.enable_progress_bar()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from raylm.inference.answers import Row, answer_rows
 from raylm.inference.chunks import Chunk, Job, plan_job
-from raylm.inference.engines import Engine, answer_texts
-from raylm.inference.io import InputFile, read_texts
+from raylm.inference.engines import load_engine
+from raylm.inference.io import InputFile, read_fields
 from raylm.inference.model import ModelInfo
+from raylm.inference.prompts import Prompt
 from raylm.settings import BatchSettings
 from raylm.storage import Manifest, Stopwatch, StoragePath
-from raylm.tasks import Task
 
 _PLACES = 4
 _ROWS_AT_A_PLACE = 8
@@ -20,11 +21,10 @@ _ROWS_AT_A_PLACE = 8
 
 def estimate(
     settings: BatchSettings,
-    task: Task,
     model: ModelInfo,
-    prompt_token: str | None,
+    prompt: Prompt,
     files: Sequence[InputFile],
-    column: str | None,
+    columns: Mapping[str, str],
     limit: int | None,
 ) -> Manifest:
     """A manifest with rows, and with characters, tokens and seconds as a sample of 32 rows foretells them.
@@ -33,19 +33,19 @@ def estimate(
     """
     with tempfile.TemporaryDirectory(prefix="raylm-") as directory:
         work = StoragePath(directory)
-        job = plan_job(files, task, prompt_token, column, limit, settings.chunk_rows, work, "estimate")
-        texts = [text for chunk in _sample(job) for text in _texts(job, chunk)]
+        job = plan_job(files, prompt, columns, limit, settings, work, "estimate")
+        rows = [row for chunk in _sample(job) for row in _rows(job, chunk)]
     watch = Stopwatch()
-    engine = Engine(model, settings.decode, "cpu", threads=1)
+    engine = load_engine(model, settings.decode)
     load_s = watch.elapsed_s
-    answer_texts(engine.decode, task, texts[:1], prompt_token)
+    answer_rows(engine, rows[:1], prompt)
     watch = Stopwatch()
-    outputs = answer_texts(engine.decode, task, texts, prompt_token)
+    outputs = answer_rows(engine, rows, prompt)
     sample_s = watch.elapsed_s
-    scale = job.rows / len(texts) if texts else 0.0
+    scale = job.rows / len(rows) if rows else 0.0
     workers = _workers(settings, len(job.chunks))
     return Manifest(
-        stage=f"batch-{task.name}",
+        stage=f"batch-{prompt.task}",
         settings={
             "dry_run": True,
             "model": model.where,
@@ -61,19 +61,19 @@ def estimate(
         counts={
             "rows": job.rows,
             "chunks": len(job.chunks),
-            "characters": round(scale * sum(len(text or "") for text in texts)),
+            "characters": round(scale * sum(len(text or "") for row in rows for text in row)),
             "source_tokens": round(scale * sum(output.source_tokens for output in outputs)),
             "output_tokens": round(scale * sum(output.output_tokens for output in outputs)),
         },
         metrics={
-            "sample_rows": len(texts),
+            "sample_rows": len(rows),
             "sample_s": sample_s,
             "engine_load_s": load_s,
             "predicted_s": round(load_s + scale * sample_s / workers, 2),
         },
         samples=[
-            {"source": text, "output": output.text}
-            for text, output in zip(texts, outputs, strict=True)
+            {"source": row[0], "output": output.text}
+            for row, output in zip(rows, outputs, strict=True)
             if output.text is not None
         ][:3],
     )
@@ -86,8 +86,8 @@ def _sample(job: Job) -> list[Chunk]:
     return [Chunk(chunk.file, chunk.start, min(chunk.start + _ROWS_AT_A_PLACE, chunk.stop)) for chunk in picked]
 
 
-def _texts(job: Job, chunk: Chunk) -> list[str | None]:
-    return read_texts(job.tables[chunk.file], job.columns[chunk.file], chunk.start, chunk.stop).values
+def _rows(job: Job, chunk: Chunk) -> list[Row]:
+    return read_fields(job.tables[chunk.file], job.columns[chunk.file], chunk.start, chunk.stop).values
 
 
 def _workers(settings: BatchSettings, chunks: int) -> int:

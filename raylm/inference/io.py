@@ -1,12 +1,13 @@
-"""Input tables of a batch job: Parquet, JSON Lines and CSV files, listed, checked, read by ranges of rows."""
+"""Input tables of a batch job: Parquet, Arrow, JSON Lines and CSV files, listed, checked, read by ranges of rows."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, time
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -15,13 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raylm.errors import InputError
+from raylm.inference.answers import Row
+from raylm.inference.prompts import Prompt
 from raylm.inference.tabular import PREPARED_ROWS, prepare
 from raylm.storage import StoragePath, find_files, fingerprint
 
-Format = Literal["parquet", "jsonl", "csv"]
+Format = Literal["parquet", "arrow", "jsonl", "csv"]
 
 FORMATS: dict[str, Format] = {
     ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "jsonl",
@@ -58,7 +63,7 @@ class InputTable:
     rows: int
     columns: pa.Schema
     prepared: str | None = None
-    """For JSON Lines and CSV: the Arrow file of equal batches that its rows were copied to."""
+    """For all but Parquet: the Arrow file of equal batches that its rows were copied to."""
 
 
 # -------------------------------------------------------------------------------------------- finding
@@ -113,7 +118,7 @@ def list_inputs(pattern: str) -> list[InputFile]:
 
 
 def open_table(file: InputFile, work: StoragePath) -> InputTable:
-    """The file's rows and columns. JSON Lines and CSV are copied once to an Arrow file in the work directory.
+    """The file's rows and columns. All but Parquet is copied once to an Arrow file in the work directory.
 
     :raises InputError: it cannot be read as what its suffix says.
     """
@@ -129,6 +134,27 @@ def open_table(file: InputFile, work: StoragePath) -> InputTable:
         raise _unreadable(file, error) from error
 
 
+def check_same_columns(tables: Sequence[InputTable]) -> None:
+    """Typed files of one directory are one table: their columns have to be the same.
+
+    :raises InputError: one of them has other columns than the first.
+    """
+    typed = [table for table in tables if table.file.format in ("parquet", "arrow")]
+    for table in typed[1:]:
+        first = typed[0]
+        for name in dict.fromkeys([*first.columns.names, *table.columns.names]):
+            kinds = [_type_in(one, name) for one in (first, table)]
+            if kinds[0] != kinds[1]:
+                raise InputError(
+                    f"{table.file.place}: column '{name}' is {kinds[1]}, in {first.file.place} it is {kinds[0]};"
+                    " the files of a directory need the same columns, others are a job of their own"
+                )
+
+
+def _type_in(table: InputTable, column: str) -> str:
+    return str(table.columns.field(column).type) if column in table.columns.names else "absent"
+
+
 def _unreadable(file: InputFile, error: Exception) -> InputError:
     reason = str(error).strip().splitlines()[0]
     return InputError(f"{file.place}: not readable as {file.format}, corrupt or cut off: {reason}")
@@ -137,29 +163,45 @@ def _unreadable(file: InputFile, error: Exception) -> InputError:
 # --------------------------------------------------------------------------------------------- column
 
 
-def choose_column(table: InputTable, wanted: str | None) -> str:
-    """The column with the text: the one named, or the only one that holds text.
+def choose_columns(table: InputTable, prompt: Prompt, named: Mapping[str, str]) -> tuple[str, ...]:
+    """The column of each field of a prompt: the one named for it, else the one of its name.
 
-    :raises InputError: it is not there or holds no text, or there are several to choose from.
+    A prompt's `text` may have another name where a table has only one column that holds text.
+
+    :raises InputError: there is no such column, it holds nothing to be read as text, or there are several to choose.
     """
-    columns = table.columns
-    listed = ", ".join(f"{field.name} ({field.type})" for field in columns)
-    textual = [field.name for field in columns if _is_text(field)]
+    if prompt.fields == ("text",) and not named:
+        return (_text_column(table),)
+    is_whole = prompt.template is None
+    return tuple(_checked_column(table, named.get(field, field), is_whole) for field in prompt.fields)
+
+
+def _text_column(table: InputTable) -> str:
+    textual = [column.name for column in table.columns if _is_text(column)]
+    if len(textual) == 1 or "text" in textual:
+        return "text" if "text" in textual else str(textual[0])
     where = table.file.place
-    if wanted is None:
-        if len(textual) == 1:
-            return str(textual[0])
-        if textual:
-            raise InputError(f"{where}: several columns hold text, name one with --column: {', '.join(textual)}")
-        raise InputError(f"{where}: no column holds text; its columns: {listed or 'none'}")
+    if textual:
+        raise InputError(f"{where}: several columns hold text, name one with --column: {', '.join(textual)}")
+    raise InputError(f"{where}: no column holds text; its columns: {_listed(table)}")
+
+
+def _checked_column(table: InputTable, wanted: str, is_text: bool) -> str:
+    columns, where = table.columns, table.file.place
     if wanted not in columns.names:
         near = difflib.get_close_matches(wanted, columns.names, n=1, cutoff=0.5)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise InputError(f"{where}: there is no column '{wanted}'{hint} Its columns: {listed or 'none'}")
+        raise InputError(f"{where}: there is no column '{wanted}'{hint} Its columns: {_listed(table)}")
     field = columns.field(wanted)
-    if not _is_text(field) and not pa.types.is_null(field.type) and not _is_marked(field, b"number"):
+    if _is_text(field) or pa.types.is_null(field.type) or _is_marked(field, b"number"):
+        return wanted
+    if is_text or pa.types.is_nested(field.type):
         raise InputError(f"{where}: column '{wanted}' holds {field.type}, text (string) is expected")
     return wanted
+
+
+def _listed(table: InputTable) -> str:
+    return ", ".join(f"{field.name} ({field.type})" for field in table.columns) or "none"
 
 
 def _is_text(field: pa.Field) -> bool:
@@ -176,20 +218,33 @@ def _is_marked(field: pa.Field, *kinds: bytes) -> bool:
 
 
 @dataclass(frozen=True)
-class Texts:
-    """The text column of a range of rows, in order: a text, or a problem, or neither where it is null."""
+class FieldRows:
+    """What a range of rows says in some columns, and for each row what is wrong with it, if anything."""
 
-    values: list[str | None]
+    values: list[Row]
     problems: list[str | None]
 
 
-def read_texts(table: InputTable, column: str, start: int, stop: int) -> Texts:
-    """The texts of the rows [start, stop).
+def read_fields(table: InputTable, columns: Sequence[str], start: int, stop: int) -> FieldRows:
+    """The rows [start, stop), with some columns.
 
     A process that reads range after range of a Parquet file decodes each row group's column once.
 
     :raises InputError: the file became unreadable.
     """
+    cells = [_cells(table, column, start, stop) for column in columns]
+    if len(columns) > 1:  # numbers and dates among other words are as good as text
+        cells = [[str(v) if isinstance(v, int | float | date | time) else v for v in values] for values in cells]
+    problems: list[str | None] = [None] * (stop - start)
+    for column, values in zip(columns, cells, strict=True):
+        for number, value in enumerate(values):
+            if problems[number] is None and (problem := _problem(value)):
+                problems[number] = f"{column}: {problem}" if len(columns) > 1 else problem
+    texts = [[value if isinstance(value, str) else None for value in values] for values in cells]
+    return FieldRows(list(zip(*texts, strict=True)), problems)
+
+
+def _cells(table: InputTable, column: str, start: int, stop: int) -> list[Any]:
     values: list[Any] = []
     if table.prepared is None:
         file = table.file
@@ -198,21 +253,18 @@ def read_texts(table: InputTable, column: str, start: int, stop: int) -> Texts:
                 groups = _row_groups(pq.ParquetFile(stream))
             for group, first, rows in groups:
                 if first < stop and start < first + rows:
-                    cells = _text_column(file.uri, file.mtime_ns, group, column)
+                    cells = _column(file.uri, file.mtime_ns, group, column)
                     low, high = max(start - first, 0), min(stop - first, rows)
                     values += _to_texts(cells.slice(low, high - low))
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(file, error) from error
-    else:
-        for batch in _prepared_rows(table, start, stop):
-            if table.file.format == "jsonl":
-                values += [json.loads(line).get(column) for line in batch["line"].to_pylist()]
-            else:
-                values += batch[column].to_pylist()
-    return Texts(
-        [value if isinstance(value, str) else None for value in values],
-        [_problem(value) for value in values],
-    )
+        return values
+    for batch in _prepared_rows(table, start, stop):
+        if table.file.format == "jsonl":
+            values += [json.loads(line).get(column) for line in batch["line"].to_pylist()]
+        else:
+            values += batch[column].to_pylist()
+    return values
 
 
 def _problem(value: Any) -> str | None:
@@ -236,8 +288,8 @@ def _row_groups(parquet: pq.ParquetFile) -> list[tuple[int, int, int]]:
     return groups
 
 
-@lru_cache(maxsize=2)
-def _text_column(uri: str, mtime_ns: int, group: int, column: str) -> pa.ChunkedArray:
+@lru_cache(maxsize=4)
+def _column(uri: str, mtime_ns: int, group: int, column: str) -> pa.ChunkedArray:
     with StoragePath(uri).open_input() as stream:
         return pq.ParquetFile(stream).read_row_group(group, columns=[column])[column]
 

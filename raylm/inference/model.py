@@ -1,23 +1,41 @@
-"""What a model directory says of itself: its tasks and languages, its limits, and the hash of its content."""
+"""What a model directory says of itself: its kind, tasks and languages, its limits, and the hash of its content."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import xxhash
 
 from raylm.errors import ArtifactError
 from raylm.models import check_model_directory
+from raylm.settings import DecodeSettings
 from raylm.storage import StoragePath
-from raylm.tasks import Task
+from raylm.tasks import ANSWER, CLASSIFY, TASKS, TRANSLATE, Task
 
-# What CTranslate2 converts and needs no language code in the decoder.
-_MODEL_TYPES = ("marian", "t5", "mt5", "bart", "pegasus")
+Kind = Literal["encoder-decoder", "decoder", "classifier", "reader"]
+"""A reader marks the answer to a question in its context."""
+
+# By the end of the name of a model's class, as config.json says it.
+_KINDS: dict[str, Kind] = {
+    "ForConditionalGeneration": "encoder-decoder",
+    "MTModel": "encoder-decoder",
+    "ForCausalLM": "decoder",
+    "LMHeadModel": "decoder",
+    "ForSequenceClassification": "classifier",
+    "ForQuestionAnswering": "reader",
+}
+_TASKS: dict[Kind, tuple[str, ...]] = {
+    "encoder-decoder": tuple(name for name in TASKS if name != CLASSIFY.name),
+    "decoder": tuple(name for name in TASKS if name != CLASSIFY.name),
+    "classifier": (CLASSIFY.name,),
+    "reader": (ANSWER.name,),
+}
 _LANGUAGE_CODED = ("m2m_100", "mbart", "nllb-moe")
 _DEFAULT_POSITIONS = 512
+_NO_LIMIT = 10**9  # transformers writes 10^30 where a tokenizer has none
 _HASHED = (
     "config.json",
     "generation_config.json",
@@ -27,6 +45,7 @@ _HASHED = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template*",
     "vocab*",
     "merges.txt",
     "*.spm",
@@ -52,16 +71,23 @@ class ModelInfo:
     fingerprint: str
     """A hash over config, weights, tokenizer and `raylm.json`, 16 hex digits."""
     model_type: str
-    tasks: tuple[str, ...] | None
-    """Names of its tasks; None for a model that was made elsewhere and does not say."""
+    kind: Kind
+    tasks: tuple[str, ...]
+    """Names of its tasks; of a model that was made elsewhere, those that its kind can be asked for."""
+    is_ours: bool
+    """Whether raylm made it, so that a task token stands before each text."""
     languages: tuple[str, ...]
     """Target languages."""
     source_language: str | None
     max_source_tokens: int
-    """The longest encoder input, task token and `</s>` included."""
+    """The longest input, task token and `</s>` included."""
     max_target_tokens: int
     max_positions: int
-    """The longest sequence that it can compute at all."""
+    """The longest sequence that it can compute at all; a decoder's input and answer together."""
+    prefixes: dict[str, str]
+    """Words before a text by the names of T5's tasks: `summarization`, `translation_en_to_de`."""
+    chats: bool
+    """Whether its tokenizer has a template for chats."""
 
     @property
     def name(self) -> str:
@@ -73,56 +99,68 @@ class ModelInfo:
         return str(StoragePath(self.uri))
 
     @property
-    def is_ours(self) -> bool:
-        """Whether raylm made it, so that a task token stands before each text."""
-        return self.tasks is not None
+    def is_language_coded(self) -> bool:
+        """Whether its languages are chosen by codes, one of which its answers begin with."""
+        return self.model_type in _LANGUAGE_CODED
 
     @classmethod
     def load(cls, path: str) -> ModelInfo:
         """The model of a directory on any storage; a remote one is copied to this machine's cache once.
 
-        :raises ArtifactError: there is none, or none that can translate or summarise.
+        :raises ArtifactError: there is none, or none that writes, labels or marks texts.
         """
         directory = check_model_directory(_at_hand(path))
         config = _read_json(directory / "config.json")
-        _check_architecture(path, config)
+        kind = _kind(path, config)
         card = _read_json(directory / "raylm.json") if (directory / "raylm.json").is_file() else None
         positions = int(config.get("max_position_embeddings") or config.get("n_positions") or _DEFAULT_POSITIONS)
-        said = card or {}
+        said = card or {"max_source_tokens": _longest_of_tokenizer(directory)}
         try:
             return cls(
                 uri=path,
                 directory=directory,
                 fingerprint=model_fingerprint(directory),
                 model_type=config["model_type"],
-                tasks=None if card is None else tuple(card["tasks"]),
+                kind=kind,
+                tasks=tuple(card["tasks"]) if card else _TASKS[kind],
+                is_ours=card is not None,
                 languages=tuple(said.get("languages") or ()),
                 source_language=said.get("source_language"),
                 max_source_tokens=min(int(said.get("max_source_tokens") or positions), positions),
                 max_target_tokens=min(int(said.get("max_target_tokens") or positions), positions),
                 max_positions=positions,
+                prefixes={
+                    name: values["prefix"]
+                    for name, values in (config.get("task_specific_params") or {}).items()
+                    if values.get("prefix")
+                },
+                chats=_has_chat_template(directory),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"model {path}: raylm.json is incomplete or malformed: {error!r}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            file = "raylm.json or config.json" if card else "config.json"
+            raise ArtifactError(f"model {path}: {file} is incomplete or malformed: {error!r}") from error
 
-    def prompt_token(self, task: Task, to: str | None = None, source_language: str | None = None) -> str | None:
-        """The token that asks this model for a task; None for a model made elsewhere without such tokens.
-
-        :param to: the target language; may be left out where the model has a single one.
-        :raises ArtifactError: the model was not made for the task or the language.
-        """
-        if self.tasks is not None and task.name not in self.tasks:
-            raise ArtifactError(f"model {self.where}: cannot {task.name}; its tasks: {', '.join(self.tasks)}")
-        if source_language and self.source_language and source_language != self.source_language:
+    def check_task(self, task: Task) -> None:
+        """:raises ArtifactError: the model was not made for it."""
+        if task.name not in self.tasks:
             raise ArtifactError(
-                f"model {self.where}: translates from '{self.source_language}', not from '{source_language}'"
+                f"model {self.where}: cannot {task.name}; its tasks: {', '.join(self.tasks)}"
+                + ("" if self.is_ours else f" ({self.what} of type {self.model_type})")
             )
-        if task.name != "translate":
-            return task.prompt_token() if self.is_ours else None
-        if not self.is_ours:
-            return task.prompt_token(to) if to and self._knows(task.prompt_token(to)) else None
-        language = self.target_language(to)
-        return task.prompt_token(language)
+
+    @property
+    def what(self) -> str:
+        """Its kind with its article."""
+        return f"an {self.kind}" if self.kind.startswith("e") else f"a {self.kind}"
+
+    def limits(self, settings: DecodeSettings) -> tuple[int, int]:
+        """The most tokens of an input, with all that a prompt adds, and of an answer."""
+        target = min(settings.max_output_tokens, self.max_target_tokens)
+        room = self.max_positions
+        if self.kind == "decoder":  # whose answer stands behind what it reads
+            target = min(target, max(room // 2, 1))
+            room -= target
+        return min(settings.max_input_tokens or self.max_source_tokens, room), target
 
     def target_language(self, to: str | None) -> str:
         """The language to translate to: the one asked for, or the only one.
@@ -137,13 +175,20 @@ class ModelInfo:
         for language in self.languages:
             if language.replace("_", "-").lower() == to.replace("_", "-").lower():
                 return language
-        raise ArtifactError(f"model {self.where}: cannot translate to '{to}'; its languages: {listed}")
+        raise ArtifactError(f"model {self.where}: cannot {TRANSLATE.name} to '{to}'; its languages: {listed}")
 
-    def _knows(self, token: str) -> bool:
-        """Whether a model made elsewhere has a language token, as multilingual OPUS-MT models do."""
+    def has_token(self, token: str) -> bool:
+        """Whether the vocabulary has a token, such as the language tokens of multilingual OPUS-MT models."""
         vocabularies = [self.directory / "vocab.json", self.directory / "tokenizer.json"]
         quoted = json.dumps(token)
         return any(file.is_file() and quoted in file.read_text(encoding="utf-8") for file in vocabularies)
+
+    def added_tokens(self) -> set[str]:
+        """The tokens beside the learned vocabulary: special ones, and language codes."""
+        from raylm.models import load_tokenizer
+
+        tokenizer = load_tokenizer(str(self.directory))
+        return {*tokenizer.get_added_vocab(), *getattr(tokenizer, "lang_token_to_id", ())}
 
 
 def model_fingerprint(directory: Path) -> str:
@@ -157,21 +202,32 @@ def model_fingerprint(directory: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check_architecture(path: str, config: dict[str, Any]) -> None:
-    model_type = config.get("model_type")
-    supported = ", ".join(_MODEL_TYPES)
-    if model_type in _LANGUAGE_CODED:
-        raise ArtifactError(
-            f"model {path}: '{model_type}' chooses its language by a code in the decoder, which is not"
-            f" supported; supported encoder-decoders: {supported}"
-        )
-    if model_type in _MODEL_TYPES:
-        return
-    kind = "an encoder-decoder of a kind" if config.get("is_encoder_decoder") else "a decoder or encoder alone,"
-    raise ArtifactError(
-        f"model {path}: '{model_type}' is {kind} that cannot translate or summarise here;"
-        f" supported encoder-decoders: {supported}"
-    )
+def _kind(path: str, config: dict[str, Any]) -> Kind:
+    """What a model's class makes of texts.
+
+    :raises ArtifactError: nothing that a batch job or the service could give.
+    """
+    for name in config.get("architectures") or []:
+        for end, kind in _KINDS.items():
+            if name.endswith(end):
+                return kind
+    found = ", ".join(config.get("architectures") or []) or f"no architecture, type {config.get('model_type')!r}"
+    ends = ", ".join(f"…{end}" for end in _KINDS)
+    raise ArtifactError(f"model {path}: config.json says {found}; what raylm runs is one of {ends}")
+
+
+def _longest_of_tokenizer(directory: Path) -> int | None:
+    """The longest input that the tokenizer of a model made elsewhere cuts to; RoBERTa has more positions than that."""
+    file = directory / "tokenizer_config.json"
+    longest = _read_json(file).get("model_max_length") if file.is_file() else None
+    return int(longest) if isinstance(longest, int | float) and 0 < longest < _NO_LIMIT else None
+
+
+def _has_chat_template(directory: Path) -> bool:
+    if (directory / "chat_template.jinja").is_file() or (directory / "chat_template.json").is_file():
+        return True
+    config = directory / "tokenizer_config.json"
+    return config.is_file() and bool(_read_json(config).get("chat_template"))
 
 
 def _read_json(file: Path) -> dict[str, Any]:

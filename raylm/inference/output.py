@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raylm.inference.io import Format, InputTable, read_rows
-from raylm.inference.tabular import typed_rows, unmarked
+from raylm.inference.tabular import new_arrow_file, typed_rows, unmarked
 from raylm.storage import StoragePath
 
 _GROUP_ROWS = 65_536
@@ -92,6 +92,8 @@ class _Writer(Protocol):
 def _writer(kind: Format, sink: pa.NativeFile, schema: pa.Schema) -> _Writer:
     if kind == "parquet":
         return _ParquetWriter(sink, schema)
+    if kind == "arrow":
+        return _ArrowWriter(sink, schema)
     return _JsonlWriter(sink) if kind == "jsonl" else _CsvWriter(sink, schema)
 
 
@@ -117,6 +119,17 @@ class _ParquetWriter:
 
     def close(self) -> None:
         self._flush()
+        self._writer.close()
+
+
+class _ArrowWriter:
+    def __init__(self, sink: pa.NativeFile, schema: pa.Schema) -> None:
+        self._writer = new_arrow_file(sink, schema)
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        self._writer.write_batch(batch)
+
+    def close(self) -> None:
         self._writer.close()
 
 

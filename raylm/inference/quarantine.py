@@ -1,7 +1,8 @@
 """Chunks that workers die over: after two deaths their rows go one by one; a row that kills twice is an error.
 
 Ray replaces a dead worker and hands it the same chunk for ever. What a worker was about to do is therefore
-noted beside the chunk's part before it is done.
+noted beside the chunk's part before it is done. A worker that hangs is ended by its watchdog, which says so: its chunk
+goes row by row at once, and the row that it hung over is an error.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from raylm.errors import RaylmError
-from raylm.inference.engines import Decode, Output, answer_texts
-from raylm.storage import StoragePath
-from raylm.tasks import Task
+from raylm.inference import watchdog
+from raylm.inference.answers import Answer, Output, Row
+from raylm.inference.prompts import Prompt
+from raylm.storage import StoragePath, fingerprint
 
 STOPPED_WORKER = "the row stopped its worker twice"
+HUNG = "the row took longer than {limit_s:g} s"
 _WHOLE_TRIES = 2
+_ROW_TRIES = 2
 _MOST_TRIES = 6
 
 
@@ -27,6 +32,9 @@ class Tries:
     begun: int = 0
     row: int | None = None
     deaths: dict[int, int] = field(default_factory=dict)
+    """Of workers, by the rows that they died over."""
+    hung: list[int] = field(default_factory=list)
+    """The rows that a worker hung over."""
 
     @classmethod
     def note_one(cls, place: StoragePath) -> Tries:
@@ -37,10 +45,16 @@ class Tries:
         tries = cls()
         if place.is_file():
             noted = json.loads(place.read_bytes())
-            tries = cls(noted["begun"], noted["row"], {int(row): n for row, n in noted["deaths"].items()})
+            deaths = {int(row): number for row, number in noted["deaths"].items()}
+            tries = cls(noted["begun"], noted["row"], deaths, noted["hung"])
+        has_hung = watchdog.take_mark(cls.mark(place))
         if tries.row is not None:
             tries.deaths[tries.row] = tries.deaths.get(tries.row, 0) + 1
+            if has_hung:
+                tries.hung.append(tries.row)
             tries.row, tries.begun = None, _WHOLE_TRIES
+        elif has_hung:
+            tries.begun = max(tries.begun, _WHOLE_TRIES)
         elif tries.begun >= _MOST_TRIES:
             raise RaylmError(
                 f"{tries.begun} workers died before they came to a row of {place.name}: is there memory enough"
@@ -49,6 +63,11 @@ class Tries:
         tries.begun += 1
         tries.write(place)
         return tries
+
+    @staticmethod
+    def mark(place: StoragePath) -> Path:
+        """Where a watchdog says that a worker hung over the chunk with these tries."""
+        return watchdog.mark_of(fingerprint(place.uri))
 
     def write(self, place: StoragePath) -> None:
         place.write_bytes(json.dumps(asdict(self)).encode())
@@ -60,20 +79,21 @@ class Tries:
 
 
 def answer_one_by_one(
-    decode: Decode,
-    task: Task,
-    texts: Sequence[str | None],
-    prompt_token: str | None,
-    tries: Tries,
-    place: StoragePath,
+    answer: Answer, rows: Sequence[Row], prompt: Prompt, tries: Tries, place: StoragePath, limit_s: float
 ) -> list[Output]:
-    """The outputs of a chunk's texts, each noted before it is begun; those that killed twice are left out."""
+    """The outputs of a chunk's rows, each noted before it is begun; those that workers do not survive are left out.
+
+    :param limit_s: how long the watchdog waits for a row.
+    """
     outputs = []
-    for row, text in enumerate(texts):
-        if tries.deaths.get(row, 0) >= 2:
+    for number, row in enumerate(rows):
+        if number in tries.hung:
+            outputs.append(Output(None, HUNG.format(limit_s=limit_s)))
+        elif tries.deaths.get(number, 0) >= _ROW_TRIES:
             outputs.append(Output(None, STOPPED_WORKER))
-            continue
-        tries.row = row
-        tries.write(place)
-        outputs += answer_texts(decode, task, [text], prompt_token)
+        else:
+            tries.row = number
+            tries.write(place)
+            watchdog.beat()
+            outputs += answer([row], prompt)
     return outputs

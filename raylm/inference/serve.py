@@ -1,7 +1,8 @@
 """The service: a model's engine behind HTTP on Ray Serve, for people online and for batch jobs that share it.
 
-`POST /v1/translate {"text": "…" or ["…"], "to": "de"}`, `POST /v1/summarize {"text": …}`, `GET /healthz`,
-`GET /readyz`. Texts of requests that arrive together are decoded together.
+`POST /v1/translate {"text": "…" or ["…"], "to": "de"}`, `/v1/summarize {"text": …}`, `/v1/generate {"text": …}`,
+`/v1/classify {"text": …}`, `/v1/answer {"question": …, "context": …}`; `GET /healthz`, `GET /readyz`. Texts of requests
+that arrive together are decoded together.
 """
 
 # No postponed annotations here: FastAPI reads the routes' types again in the replica, which lacks their names.
@@ -23,14 +24,17 @@ import ray
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from raylm import tasks  # the module: a replica gets copies of this module's globals, not the same objects
-from raylm.errors import ArtifactError, RaylmError
+from raylm.errors import RaylmError
 from raylm.inference.address import forget_service, note_service
-from raylm.inference.engines import Engine, Output, answer_texts, compute_type_for
+from raylm.inference.answers import Answer as AnswerRows
+from raylm.inference.answers import Output, Row, answer_rows
+from raylm.inference.engines import check_engine, load_engine
 from raylm.inference.model import ModelInfo, absolute
+from raylm.inference.prompts import Prompt, prompt_for
 from raylm.settings import DecodeSettings, ServeSettings, Settings
 from raylm.tasks import Task
 
@@ -39,22 +43,36 @@ _RETRY_AFTER_S = "1"
 _REQUEST_TIMEOUT_S = 3_600.0  # of a batch job's chunk, which may wait behind others
 
 
-class TranslateRequest(BaseModel):
+class Asked(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+
+class TextRequest(Asked):
     text: str | list[str]
+
+
+class TranslateRequest(TextRequest):
     to: str | None = None
     """The target language; may be left out where the model has one."""
+    source_language: str | None = Field(default=None, alias="from")
+    """For models that know several."""
 
 
-class SummarizeRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    text: str | list[str]
+class AnswerRequest(Asked):
+    question: str | list[str]
+    context: str | list[str]
+    """As many as there are questions, or one for all."""
 
 
 class Answer(BaseModel):
     text: str | None
+    truncated: bool
+    error: str | None
+
+
+class Label(BaseModel):
+    label: str | None
+    score: float | None
     truncated: bool
     error: str | None
 
@@ -69,6 +87,21 @@ class SummarizeResponse(BaseModel):
     summaries: list[Answer]
 
 
+class GenerateResponse(BaseModel):
+    model: str
+    generated: list[Answer]
+
+
+class ClassifyResponse(BaseModel):
+    model: str
+    labels: list[Label]
+
+
+class AnswerResponse(BaseModel):
+    model: str
+    answers: list[Answer]
+
+
 api = FastAPI(title="raylm", docs_url="/docs", redoc_url=None)
 
 
@@ -79,8 +112,12 @@ async def _explain(_: Request, error: RequestValidationError) -> JSONResponse:
     return JSONResponse({"detail": "; ".join(faults)}, status_code=422)
 
 
-def _text_count(requests: Sequence[tuple[Task, list[str], str | None]]) -> int:
-    return sum(max(len(texts), 1) for _, texts, _ in requests)
+def _row_count(requests: Sequence[tuple[list[Row], Prompt]]) -> int:
+    return sum(max(len(rows), 1) for rows, _ in requests)
+
+
+def _listed(text: str | list[str]) -> list[str]:
+    return [text] if isinstance(text, str) else text
 
 
 @serve.deployment
@@ -91,7 +128,7 @@ class Service:
     def __init__(self, settings: ServeSettings, model: str, device: Literal["cpu", "cuda"]) -> None:
         self._settings = settings
         self._model = ModelInfo.load(model)
-        self._engine = Engine(self._model, settings.decode, device, threads=1)
+        self._engine = load_engine(self._model, settings.decode, device)
         self._open_requests = 0
         # Threads apart: chunks of batch jobs never keep an online request waiting for a thread. The engine takes
         # the batches of all threads in turn.
@@ -103,13 +140,36 @@ class Service:
 
     @api.post("/v1/translate")  # type: ignore[untyped-decorator]
     async def translate(self, request: TranslateRequest) -> TranslateResponse:
-        answers = await self._answer(tasks.TRANSLATE, request.text, request.to)
-        return TranslateResponse(model=self._model.name, translations=answers)
+        prompt = self._prompt(tasks.TRANSLATE, request.to, request.source_language)
+        outputs = await self._answer([(text,) for text in _listed(request.text)], prompt)
+        return TranslateResponse(model=self._model.name, translations=[_answer(output) for output in outputs])
 
     @api.post("/v1/summarize")  # type: ignore[untyped-decorator]
-    async def summarize(self, request: SummarizeRequest) -> SummarizeResponse:
-        answers = await self._answer(tasks.SUMMARIZE, request.text, None)
-        return SummarizeResponse(model=self._model.name, summaries=answers)
+    async def summarize(self, request: TextRequest) -> SummarizeResponse:
+        outputs = await self._answer([(text,) for text in _listed(request.text)], self._prompt(tasks.SUMMARIZE))
+        return SummarizeResponse(model=self._model.name, summaries=[_answer(output) for output in outputs])
+
+    @api.post("/v1/generate")  # type: ignore[untyped-decorator]
+    async def generate(self, request: TextRequest) -> GenerateResponse:
+        outputs = await self._answer([(text,) for text in _listed(request.text)], self._prompt(tasks.GENERATE))
+        return GenerateResponse(model=self._model.name, generated=[_answer(output) for output in outputs])
+
+    @api.post("/v1/classify")  # type: ignore[untyped-decorator]
+    async def classify(self, request: TextRequest) -> ClassifyResponse:
+        outputs = await self._answer([(text,) for text in _listed(request.text)], self._prompt(tasks.CLASSIFY))
+        labels = [Label(label=o.text, score=o.score, truncated=o.truncated, error=o.error) for o in outputs]
+        return ClassifyResponse(model=self._model.name, labels=labels)
+
+    @api.post("/v1/answer")  # type: ignore[untyped-decorator]
+    async def answer_questions(self, request: AnswerRequest) -> AnswerResponse:
+        questions, contexts = _listed(request.question), _listed(request.context)
+        if isinstance(request.context, str):
+            contexts *= len(questions)
+        if len(questions) != len(contexts):
+            raise HTTPException(422, f"{len(questions)} questions and {len(contexts)} contexts; give as many, or one")
+        rows: list[Row] = list(zip(questions, contexts, strict=True))
+        outputs = await self._answer(rows, self._prompt(tasks.ANSWER))
+        return AnswerResponse(model=self._model.name, answers=[_answer(output) for output in outputs])
 
     @api.get("/healthz")  # type: ignore[untyped-decorator]
     async def health(self) -> dict[str, str]:
@@ -121,51 +181,56 @@ class Service:
         """The engine is loaded: a replica takes no request before."""
         return {"status": "ready", "model": self._model.name, "fingerprint": self._model.fingerprint}
 
-    async def _answer(self, task: Task, text: str | list[str], to: str | None) -> list[Answer]:
-        texts = [text] if isinstance(text, str) else text
-        most = self._settings.max_request_texts
-        if len(texts) > most:
-            raise HTTPException(413, f"{len(texts)} texts in a request; {most} are allowed, send several requests")
+    def _prompt(self, task: Task, to: str | None = None, source_language: str | None = None) -> Prompt:
         try:
-            prompt_token = self._model.prompt_token(task, to)
-        except ArtifactError as error:
+            return prompt_for(self._model, task, to, source_language)
+        except RaylmError as error:
             raise HTTPException(400, str(error)) from error
+
+    async def _answer(self, rows: list[Row], prompt: Prompt) -> list[Output]:
+        most = self._settings.max_request_texts
+        if len(rows) > most:
+            raise HTTPException(413, f"{len(rows)} texts in a request; {most} are allowed, send several requests")
         if self._open_requests >= self._settings.max_queued_requests:
             raise HTTPException(429, "too many requests are waiting", headers={"Retry-After": _RETRY_AFTER_S})
         self._open_requests += 1
         try:
-            outputs: list[Output] = await self._decode_together((task, texts, prompt_token))
+            outputs: list[Output] = await self._decode_together((rows, prompt))
         finally:
             self._open_requests -= 1
-        return [Answer(text=o.text, truncated=o.truncated, error=o.error) for o in outputs]
+        return outputs
 
-    @serve.batch(batch_size_fn=_text_count)  # type: ignore[untyped-decorator]
-    async def _decode_together(self, requests: list[tuple[Task, list[str], str | None]]) -> list[list[Output]]:
+    @serve.batch(batch_size_fn=_row_count)  # type: ignore[untyped-decorator]
+    async def _decode_together(self, requests: list[tuple[list[Row], Prompt]]) -> list[list[Output]]:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._online, self._decode_requests, requests)
 
-    def _decode_requests(self, requests: Sequence[tuple[Task, list[str], str | None]]) -> list[list[Output]]:
-        """The outputs of each request; requests for the same task go into the same engine batches."""
+    def _decode_requests(self, requests: Sequence[tuple[list[Row], Prompt]]) -> list[list[Output]]:
+        """The outputs of each request; requests that ask for the same go into the same engine batches."""
         outputs: list[list[Output]] = [[] for _ in requests]
-        for task, prompt_token in dict.fromkeys((task, token) for task, _, token in requests):
-            numbers = [n for n, (t, _, token) in enumerate(requests) if (t, token) == (task, prompt_token)]
-            texts = [text for number in numbers for text in requests[number][1]]
-            answers = iter(answer_texts(self._engine.decode, task, texts, prompt_token))
+        for prompt in dict.fromkeys(prompt for _, prompt in requests):
+            numbers = [number for number, (_, asked) in enumerate(requests) if asked == prompt]
+            rows = [row for number in numbers for row in requests[number][0]]
+            answers = iter(answer_rows(self._engine, rows, prompt))
             for number in numbers:
-                outputs[number] = [next(answers) for _ in requests[number][1]]
+                outputs[number] = [next(answers) for _ in requests[number][0]]
         return outputs
 
     # ------------------------------------------------------------------------------------- handle
 
-    async def decode(self, texts: Sequence[str], prompt_token: str | None) -> list[Output]:
-        """`Engine.decode` for a batch job. Its engine batches and those of online requests take turns."""
+    async def answer(self, rows: Sequence[Row], prompt: Prompt) -> list[Output]:
+        """`answer_rows` for a batch job. Its engine batches and those of online requests take turns."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._bulk, self._engine.decode, texts, prompt_token)
+        return await loop.run_in_executor(self._bulk, answer_rows, self._engine, rows, prompt)
 
     async def describe(self) -> dict[str, Any]:
         """The model and the decode settings of this service."""
         model = asdict(self._model) | {"directory": str(self._model.directory)}
         return {"model": model, "decode": self._settings.decode.model_dump()}
+
+
+def _answer(output: Output) -> Answer:
+    return Answer(text=output.text, truncated=output.truncated, error=output.error)
 
 
 def build_app(settings: Settings, model: str) -> serve.Application:
@@ -174,10 +239,8 @@ def build_app(settings: Settings, model: str) -> serve.Application:
     :raises ArtifactError: the model is none that can be served.
     """
     model = absolute(model)
-    ModelInfo.load(model)
     has_gpus = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
-    if not has_gpus:
-        compute_type_for(settings.serve.decode, "cpu")  # a replica that fails is started again and again
+    check_engine(ModelInfo.load(model), settings.serve.decode, "cuda" if has_gpus else "cpu")
     service: Any = Service
     deployment = service.options(
         num_replicas=settings.serve.replicas,
@@ -287,8 +350,8 @@ def _quiet_serve() -> Iterator[None]:
 
 def connect_to_service(
     model: str | None,
-) -> tuple[ModelInfo, DecodeSettings, Callable[[Sequence[str], str | None], list[Output]]]:
-    """What the running service hosts, how it decodes, and a function that has texts decoded by it.
+) -> tuple[ModelInfo, DecodeSettings, AnswerRows]:
+    """What the running service hosts, how it decodes, and a function that has rows answered by it.
 
     :param model: the model that the caller expects there, if any.
     :raises RaylmError: no service runs, or it hosts another model.
@@ -308,7 +371,7 @@ def connect_to_service(
         **{
             **facts,
             "directory": Path(facts["directory"]),
-            "tasks": None if facts["tasks"] is None else tuple(facts["tasks"]),
+            "tasks": tuple(facts["tasks"]),
             "languages": tuple(facts["languages"]),
         }
     )
@@ -321,11 +384,11 @@ def connect_to_service(
             )
         served = replace(served, uri=model)
 
-    def decode(texts: Sequence[str], prompt_token: str | None) -> list[Output]:
-        outputs: list[Output] = _with_retries(lambda: handle.decode.remote(list(texts), prompt_token))
+    def answer(rows: Sequence[Row], prompt: Prompt) -> list[Output]:
+        outputs: list[Output] = _with_retries(lambda: handle.answer.remote(list(rows), prompt))
         return outputs
 
-    return served, DecodeSettings.model_validate(described["decode"]), decode
+    return served, DecodeSettings.model_validate(described["decode"]), answer
 
 
 def _with_retries(send: Callable[[], Any], tries: int = 4) -> Any:

@@ -1,4 +1,4 @@
-"""JSON Lines and CSV files as Arrow files of equal batches, so that any range of rows is read at once."""
+"""Files other than Parquet as Arrow files of equal batches, so that any range of rows is read at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LINE = pa.schema([("line", pa.large_string())])
 
 
 def prepare(place: StoragePath, kind: str, target: StoragePath) -> tuple[int, pa.Schema]:
-    """Rows and columns of a JSON Lines or CSV file, which is copied to `target` unless an earlier run did so.
+    """Rows and columns of an Arrow, JSON Lines or CSV file, which is copied to `target` unless an earlier run did so.
 
     JSON Lines keep their lines as they are, in one column `line`; the columns given back are their keys, with
     the types that fit all rows. CSV columns stay text, as written. A column's metadata `raylm` marks what is
@@ -35,10 +35,37 @@ def prepare(place: StoragePath, kind: str, target: StoragePath) -> tuple[int, pa
     if noted.is_file():
         note = noted.read_json()
         return note["rows"], pa.ipc.read_schema(pa.py_buffer(base64.b64decode(note["columns"])))
-    rows, columns = (_prepare_jsonl if kind == "jsonl" else _prepare_csv)(place, target)
+    copy = {"arrow": _prepare_arrow, "jsonl": _prepare_jsonl, "csv": _prepare_csv}[kind]
+    rows, columns = copy(place, target)
     encoded = base64.b64encode(columns.serialize().to_pybytes()).decode()
     noted.write_json({"rows": rows, "columns": encoded})
     return rows, columns
+
+
+# ----------------------------------------------------------------------------------------------- Arrow
+
+
+def _prepare_arrow(place: StoragePath, target: StoragePath) -> tuple[int, pa.Schema]:
+    """Arrow's IPC file format, which Feather 2 is."""
+    rows = 0
+    try:
+        with place.open_input() as stream:
+            reader = pa.ipc.open_file(stream)
+            columns = reader.schema
+            batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+            with target.writing() as sink, new_arrow_file(sink, columns) as writer:
+                for batch in equal_batches(batches, PREPARED_ROWS):
+                    writer.write_batch(batch)
+                    rows += batch.num_rows
+    except pa.ArrowInvalid as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{place}: not readable as an Arrow IPC file: {reason}") from error
+    return rows, columns
+
+
+def new_arrow_file(sink: pa.NativeFile, columns: pa.Schema) -> pa.RecordBatchFileWriter:
+    """A writer of batches, whose dictionaries may differ."""
+    return pa.ipc.new_file(sink, columns, options=pa.ipc.IpcWriteOptions(unify_dictionaries=True))
 
 
 # ------------------------------------------------------------------------------------------ JSON Lines

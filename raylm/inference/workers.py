@@ -6,11 +6,14 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 from raylm.errors import RaylmError, to_plain
+from raylm.inference import watchdog
+from raylm.inference.answers import Answer, answer_rows
 from raylm.inference.chunks import Chunk, Job, answer_chunk
-from raylm.inference.engines import Decode, Engine
+from raylm.inference.engines import Engine, load_engine
 from raylm.inference.model import ModelInfo
 from raylm.inference.quarantine import Tries
 from raylm.settings import DecodeSettings
@@ -33,15 +36,21 @@ class ChunkWorker:
         self._engine: Engine | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        counts: dict[str, Any] = {"rows": 0, "errors": 0, "output_tokens": 0, "failure": "", "reason": ""}
+        counts: dict[str, Any] = {
+            "rows": 0, "errors": 0, "first_error": "", "output_tokens": 0, "failure": "", "reason": "",
+        }  # fmt: skip
         try:
             chunk = self._job.chunks[int(batch["chunk"][0])]
-            tries = Tries.note_one(self._job.tries(chunk))
+            place = self._job.tries(chunk)
+            tries = Tries.note_one(place)
             if self._engine is None:
-                self._engine = Engine(ModelInfo.load(self._model), self._decode, self._device, threads=1)
-            counts |= answer_chunk(self._job, chunk, self._engine.decode, tries)
+                self._engine = load_engine(ModelInfo.load(self._model), self._decode, self._device)
+            watchdog.start(self._job.row_limit_s, Tries.mark(place))
+            counts |= answer_chunk(self._job, chunk, partial(answer_rows, self._engine), tries)
         except RaylmError as error:
             counts |= to_plain(error)
+        finally:
+            watchdog.stop()
         return {name: [value] for name, value in counts.items()}
 
 
@@ -87,7 +96,7 @@ def answer_on_actors(
         except ray.exceptions.RayError as error:
             cause = " ".join(str(error.__cause__ or error).split())
             raise RaylmError(
-                f"batch-{job.task_name}: a worker failed: {cause[-400:]};"
+                f"batch-{job.task.name}: a worker failed: {cause[-400:]};"
                 " what is done is kept, the same command goes on from there"
             ) from error
 
@@ -116,11 +125,11 @@ def _quiet_ray_data() -> Iterator[None]:
 # ------------------------------------------------------------------------------- through the service
 
 
-def answer_through_service(job: Job, left: list[Chunk], decode: Decode) -> Iterator[dict[str, Any]]:
+def answer_through_service(job: Job, left: list[Chunk], answer: Answer) -> Iterator[dict[str, Any]]:
     """Counts of each chunk as it gets done by the service's replicas; rows are read and parts written here."""
 
     with ThreadPoolExecutor(REQUESTS) as pool:
-        futures = [pool.submit(answer_chunk, job, chunk, decode) for chunk in left]
+        futures = [pool.submit(answer_chunk, job, chunk, answer) for chunk in left]
         try:
             for future in as_completed(futures):
                 yield dict(future.result())

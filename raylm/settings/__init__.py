@@ -22,7 +22,14 @@ from raylm.settings.corpus import (
     TokenizerSettings,
 )
 from raylm.settings.inference import BatchSettings, DecodeSettings, ServeSettings
-from raylm.settings.loading import differences, find_cluster_file, json_schema, load, packaged_cluster_file
+from raylm.settings.loading import (
+    differences,
+    find_cluster_file,
+    json_schema,
+    load,
+    packaged_cluster_file,
+    with_options,
+)
 from raylm.settings.root import Settings, model_directory
 from raylm.settings.section import Section
 from raylm.settings.training import (
@@ -65,4 +72,5 @@ __all__ = [
     "load",
     "model_directory",
     "packaged_cluster_file",
+    "with_options",
 ]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from raylm.settings.section import Section
+from raylm.settings.section import Section, ShareOrNumber
 
 
 def _is_pattern(text: str) -> str:
@@ -325,22 +325,5 @@ class CorpusSettings(Section):
     keep_work: bool = True
     """Keep what the steps wrote, so that a changed setting redoes only what depends on it; costs about half of the
     corpus's size on disk."""
-    max_rejected: float | int = 0.01
+    max_rejected: ShareOrNumber = 0.01
     """The most rows that cannot be read, as a share (`0.01`, `1%`) or a number (`20`), before the job fails."""
-
-    @field_validator("max_rejected", mode="before")
-    @classmethod
-    def _percent(cls, value: object) -> object:
-        if isinstance(value, str) and value.strip().endswith("%"):
-            try:
-                return float(value.strip()[:-1]) / 100
-            except ValueError:
-                return value
-        return value
-
-    @field_validator("max_rejected")
-    @classmethod
-    def _share_or_number(cls, value: float | int) -> float | int:
-        if value < 0 or (isinstance(value, float) and value > 1):
-            raise ValueError("a share between 0 and 1, such as 0.01 or 1%, or a whole number of rows")
-        return value

@@ -4,32 +4,74 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from raylm.settings.section import Section
+from raylm.settings.section import Section, ShareOrNumber
 
 
 class DecodeSettings(Section):
     """How text is generated: shared by batch jobs, evaluation and the service."""
 
+    engine: Literal["auto", "ctranslate2", "vllm", "transformers"] = "auto"
+    """`auto`: vLLM for decoders on GPUs where it is installed, CTranslate2 for all it knows, else transformers."""
+    compute_type: Literal[
+        "auto", "int8", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32"
+    ] = "auto"
+    """`auto`: int8 on CPUs and half precision on GPUs; in PyTorch float32 on CPUs."""
     beam_size: int = Field(default=1, ge=1)
     length_penalty: float = 1.0
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    no_repeat_ngram_size: int = Field(default=0, ge=0)
+    temperature: float = Field(default=0.0, ge=0)
+    """Above 0, answers are drawn: from the `top_k` likeliest tokens (0: all), up to the probability `top_p`."""
+    top_k: int = Field(default=0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int = Field(default=0, ge=0)
+    """Of what is drawn."""
+    min_output_tokens: int = Field(default=0, ge=0)
     max_output_tokens: int = Field(default=256, ge=1)
     max_input_tokens: int | None = Field(default=None, ge=1)
     """Longer segments are cut and flagged `truncated`; default: what the model was made for."""
-    no_repeat_ngram_size: int = Field(default=0, ge=0)
     batch_tokens: int = Field(default=4_096, ge=1)
     """Padded source tokens of one engine batch."""
-    compute_type: Literal["auto", "int8", "float16", "bfloat16", "float32"] = "auto"
-    """`auto`: int8 on CPUs, float16 on GPUs."""
+    scores: bool = False
+    """Whether each answer has a score: the mean log probability of its tokens. Labels always have a probability."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DecodeSettings:
+        if self.temperature and self.beam_size > 1:
+            raise ValueError(f"beam_size is {self.beam_size}, but temperature draws answers: set one of them back")
+        if self.min_output_tokens > self.max_output_tokens:
+            raise ValueError(f"min_output_tokens {self.min_output_tokens} is more than {self.max_output_tokens}")
+        return self
+
+
+class CheckSettings(Section):
+    """What answers have to reach before a batch job publishes them."""
+
+    references: str
+    """The column of the input with the right answers."""
+    min_chrf: float = Field(ge=0, le=100)
+    rows: int = Field(default=1_000, ge=1)
+    """How many are looked at."""
 
 
 class BatchSettings(Section):
-    """`raylm batch-translate`, `batch-summarize`."""
+    """`raylm batch-translate`, `batch-summarize`, `batch-generate`, `batch-classify`, `batch-answer`."""
 
     decode: DecodeSettings = DecodeSettings()
+    prompt: str | None = None
+    """Words of your own, with the names of columns in braces: `Write a title for this: {text}`."""
+    system: str | None = None
+    """The system message, for models that chat."""
     chunk_rows: int = Field(default=512, ge=1)
     """Rows of one unit of work: what a crash can cost a worker."""
+    row_limit_s: float = Field(default=300, gt=0)
+    """A worker that takes longer for a row, or for a batch of rows in its engine, is ended, and the row an error."""
+    max_errors: ShareOrNumber | None = None
+    """The most rows that may have an error, as a share (`0.01`, `1%`) or a number (`20`), before the job fails; by
+    default it does not."""
+    check: CheckSettings | None = None
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Engine actors; `auto`: one for each GPU, else one for each CPU, no more than there are chunks."""
 

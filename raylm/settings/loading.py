@@ -68,6 +68,17 @@ def load(
     return _validate(merged, str(cluster_file))
 
 
+def with_options(settings: Settings, section: str, options: dict[str, Any]) -> Settings:
+    """The settings with what options of a command line say in the place of a section's own values.
+
+    :raises SettingsError: a value is of the wrong kind.
+    """
+    for key, value in options.items():
+        values = _merge(settings.model_dump(), {section: {key: value}})
+        settings = _validate(values, f"--{key.replace('_', '-')}")
+    return settings
+
+
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of `metadata.raylm`, for editors that complete YAML."""
     return Settings.model_json_schema()

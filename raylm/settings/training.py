@@ -92,8 +92,8 @@ class TrainingSettings(Section):
     offload_directory: str | None = None
     """Offload to files on a fast local disk (NVMe) instead of to memory."""
     kernels: Literal["auto", "torch"] = "auto"
-    """`auto`: on GPUs, FlashAttention and Liger's kernels where `raylm[gpu]` is installed and the model has them;
-    `torch`: PyTorch's own."""
+    """`auto`: on GPUs, FlashAttention and Liger's kernels where `raylm[gpu]` is installed and the model has them; on
+    CPUs, attention that goes through packed sequences document by document. `torch`: PyTorch's own."""
     compile: bool = False
     """`torch.compile` the model: pays on long runs only."""
     verify_data: bool = False

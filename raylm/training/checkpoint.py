@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from raylm.errors import ArtifactError, OutputError, TrainingError, first_line
-from raylm.storage import MANIFEST, Manifest, StoragePath, fingerprint
+from raylm.storage import MANIFEST, Manifest, StoragePath, fingerprint, persistently
 from raylm.training.average import AVERAGE, WeightAverage
 from raylm.training.zero import load_engine, to_universal
 
@@ -31,8 +30,6 @@ _STAGING = "staging"
 _PARTS = "parts"
 """Below a checkpoint: a list from each rank of the files that it has published."""
 _POLL_S = 0.1
-_RETRY_AFTER_S = (1.0, 5.0, 20.0)
-"""How long to wait before publishing is tried again."""
 
 
 @dataclass(frozen=True)
@@ -262,26 +259,11 @@ def _publish(local: Path, directory: StoragePath, rank: int) -> None:
                 target.local().parent.mkdir(exist_ok=True)
                 file.replace(target.local())
             else:
-                _persistently(directory, partial(target.upload, file))
+                persistently(directory, partial(target.upload, file))
             files.append(entry)
-        _persistently(directory, partial(_part(directory, rank).write_json, files))
+        persistently(directory, partial(_part(directory, rank).write_json, files))
     finally:
         shutil.rmtree(local, ignore_errors=True)
-
-
-def _persistently(directory: StoragePath, publish: Callable[[], Any]) -> None:
-    """Publish something of a checkpoint; an object store that refuses is asked again after a while.
-
-    :raises OutputError: it refuses for good, or it is a local disk that does.
-    """
-    for wait_s in () if directory.is_local else _RETRY_AFTER_S:
-        try:
-            publish()
-        except OutputError:
-            time.sleep(wait_s)
-        else:
-            return
-    publish()
 
 
 def _part(directory: StoragePath, rank: int) -> StoragePath:
@@ -296,7 +278,7 @@ def _complete(directory: StoragePath, manifest: Manifest, world_size: int, aband
             return
     parts = [_part(directory, rank) for rank in range(world_size)]
     manifest.outputs = sorted((file for part in parts for file in part.read_json()), key=lambda file: str(file["name"]))
-    _persistently(directory, partial(manifest.write, directory))
+    persistently(directory, partial(manifest.write, directory))
 
 
 def _prune(run: StoragePath, keep_last: int) -> None:

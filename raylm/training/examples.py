@@ -13,7 +13,7 @@ from raylm.storage import Manifest, StoragePath
 from raylm.tasks import CLASSIFY
 from raylm.training.batches import BucketedOrder, GlobalBatch, PackedOrder, Shards, TokenLists
 from raylm.training.job import TrainingJob
-from raylm.training.kernels import FLASH
+from raylm.training.kernels import BY_DOCUMENT, FLASH
 from raylm.training.labels import label_numbers
 from raylm.training.objectives import (
     LabelledTexts,
@@ -157,7 +157,7 @@ def _self_supervision(
         settings.noise_density,
         settings.mean_span_tokens,
         settings.denoise_target,
-        is_flat=objective == "causal" and config._attn_implementation == FLASH,
+        is_flat=objective == "causal" and config._attn_implementation in (FLASH, BY_DOCUMENT),
     )
 
 

@@ -1,8 +1,8 @@
-"""Faster kernels for GPUs, of the packages of `raylm[gpu]`: where they are installed and the model has them."""
+"""Faster kernels: on GPUs those of `raylm[gpu]`, on CPUs attention that leaves out what a mask would hide."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from raylm import models
 
@@ -12,18 +12,88 @@ if TYPE_CHECKING:
 
 FLASH = "flash_attention_2"
 """What transformers calls FlashAttention 2 (Dao 2023)."""
+BY_DOCUMENT = "raylm_by_document"
+"""`attention_by_document`, as transformers knows it once `attention_for` has chosen it."""
 
 
 def attention_for(config: PretrainedConfig, objective: str, precision: str, device: torch.device) -> str | None:
-    """How a model is to compute attention: by FlashAttention, or None for what transformers chooses.
+    """How a model is to compute attention: by FlashAttention, document by document, or None for what transformers
+    chooses.
 
-    It computes in 16 bits alone, and takes no mask that tells documents of one sequence apart: causal pretraining tells
-    it where they begin instead, see `SelfSupervision`, which `masked` cannot.
+    FlashAttention computes in 16 bits alone. Both take no mask that tells documents of one sequence apart: causal
+    pretraining tells them where they begin instead, see `SelfSupervision`, which `masked` cannot.
     """
     from transformers.utils import is_flash_attn_2_available
 
-    is_told = objective != "masked" and models.model_class(config)._model_mapping[type(config)]._supports_flash_attn
-    return FLASH if device.type == "cuda" and precision != "fp32" and is_told and is_flash_attn_2_available() else None
+    kind = models.model_class(config)._model_mapping[type(config)]
+    if device.type == "cuda":
+        is_told = objective != "masked" and kind._supports_flash_attn
+        return FLASH if precision != "fp32" and is_told and is_flash_attn_2_available() else None
+    is_plain = not any(getattr(config, name, None) for name in ("sliding_window", "attn_logit_softcapping"))
+    if objective != "causal" or not is_plain or not kind._supports_attention_backend:
+        return None
+    _register_by_document()
+    return BY_DOCUMENT
+
+
+def _register_by_document() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(BY_DOCUMENT, attention_by_document)
+    AttentionMaskInterface.register(BY_DOCUMENT, _mask_but_for_documents)
+
+
+def attention_by_document(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of documents that lie one behind the other in one row, each computed apart.
+
+    A mask over the whole row would have all pairs of positions computed and most of them thrown away. Anything but
+    such a row is computed as transformers does it.
+
+    :param query: (1, H, T, D), as are `key` and `value`, these with perhaps fewer heads.
+    :param position_ids: (1, T), 0 where a document begins.
+    :returns: (1, T, H, D), and no weights.
+    """
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    length = query.shape[2]
+    starts = _starts(position_ids, length) if attention_mask is None and key.shape[2] == length else []
+    if len(starts) < 2:
+        output: torch.Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
+        return output, None
+    lengths = [stop - start for start, stop in zip(starts, [*starts[1:], length], strict=True)]
+    parts = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    return torch.cat([sdpa_attention_forward(module, *part, None, **options)[0] for part in parts], dim=1), None
+
+
+def _starts(position_ids: torch.Tensor | None, length: int) -> list[int]:
+    """Where documents begin in a row; none where there is no such row."""
+    if position_ids is None or position_ids.shape != (1, length):
+        return []
+    starts: list[int] = (position_ids[0] == 0).nonzero().flatten().tolist()
+    return starts if starts[:1] == [0] else []
+
+
+def _mask_but_for_documents(
+    *, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **options: Any
+) -> torch.Tensor | None:
+    """None for a whole row without padding, whose documents `attention_by_document` finds by itself."""
+    from transformers.masking_utils import sdpa_mask
+
+    if attention_mask is None and q_length == kv_length:
+        return None
+    mask: torch.Tensor | None = sdpa_mask(
+        q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **options
+    )
+    return mask
 
 
 def fuse(model: PreTrainedModel, device: torch.device) -> None:

@@ -217,8 +217,10 @@ def setup(job: TrainingJob, world_size: int, device: torch.device, checkpoint: C
     config = models.load_config(job.model)
     precision = resolve_precision(settings.precision, device)
     objective = objective_for(settings.objective, models.architecture(config), settings.section)
-    if settings.kernels == "auto" and (attention := attention_for(config, objective, precision, device)):
-        config._attn_implementation = attention
+    # A compiled model would be compiled anew for each number of documents.
+    chosen = attention_for(config, objective, precision, device) if settings.kernels == "auto" else None
+    if chosen and not settings.compile:
+        config._attn_implementation = chosen
     validation = open_split(job, "validation", config, tokenizer)
     training = open_training(job, world_size, config, tokenizer)
     micro_batches = micro_batches_for(settings.global_batch_tokens, settings.micro_batch_tokens, world_size)

@@ -129,7 +129,7 @@ class SelfSupervision:
 
     :param objective: `denoise`, `causal` or `masked`.
     :param is_flat: `causal` sequences lie one behind the other in one row, and positions that start again tell their
-        documents apart, as FlashAttention wants it; otherwise a mask does.
+        documents apart, as some kernels want it; otherwise a mask does.
     """
 
     def __init__(
@@ -383,15 +383,16 @@ def document_places(lengths: list[Tokens], width: int) -> tuple[Tokens, Tokens]:
 
     :param lengths: the token counts of each row's documents.
     :returns: (B, T) the number of each position's document in its row, -1 for padding, and (B, T) positions that start
-        again with each document; each of padding is the first.
+        again with each document, and with padding.
     """
     documents = np.full((len(lengths), width), -1, dtype=np.int64)
-    positions = np.zeros((len(lengths), width), dtype=np.int64)
+    positions = np.empty((len(lengths), width), dtype=np.int64)
     for row, spans in enumerate(lengths):
         used = int(spans.sum())
         documents[row, :used] = np.repeat(np.arange(len(spans)), spans)
         starts = np.cumsum(spans) - spans
         positions[row, :used] = np.arange(used) - np.repeat(starts, spans)
+        positions[row, used:] = np.arange(width - used)
     return documents, positions
 
 

@@ -11,7 +11,7 @@ from raylm.errors import SettingsError
 from raylm.settings import FinetuneSettings, PretrainSettings
 from raylm.storage import StoragePath
 from raylm.summary import size
-from raylm.tasks import TASKS
+from raylm.tasks import LEARNED
 from raylm.training.objectives import objective_for
 from raylm.training.start import Start
 
@@ -35,8 +35,10 @@ def check_training(training: PretrainSettings | FinetuneSettings, length: int) -
     if isinstance(training, FinetuneSettings):
         length = training.max_source_tokens + training.max_target_tokens
         what = f"a pair may have {length:,} tokens (max_source_tokens and max_target_tokens)"
-        for task in training.task_weights.keys() - TASKS.keys():
-            raise SettingsError(f"finetune.task_weights: there is no task '{task}'; known: {', '.join(sorted(TASKS))}")
+        for task in training.task_weights.keys() - LEARNED.keys():
+            raise SettingsError(
+                f"finetune.task_weights: there is no task '{task}'; known: {', '.join(sorted(LEARNED))}"
+            )
     for key in ("global_batch_tokens", "micro_batch_tokens"):
         if getattr(training, key) < length:
             raise SettingsError(f"{section}.{key} is {getattr(training, key):,}, but {what}; raise it to that")

@@ -17,9 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from raylm.errors import ArtifactError, InputError, OutputError, RaylmError
+from raylm.inference.answers import Output
 from raylm.inference.batch import run_batch
-from raylm.inference.engines import Engine, Output
+from raylm.inference.engines import load_engine
 from raylm.inference.model import ModelInfo
+from raylm.inference.prompts import Prompt
 from raylm.inference.quarantine import STOPPED_WORKER, Tries, answer_one_by_one
 from raylm.settings import Settings
 from raylm.storage import Manifest, StoragePath
@@ -46,14 +48,16 @@ def done(
     folder = tmp_path_factory.mktemp("batch")
     pq.write_table(table_of(sentences, 300), folder / "input.parquet", row_group_size=64)
     settings = Settings.model_validate({"batch": {"workers": 2}})
-    manifest = run_batch(settings, TRANSLATE, str(folder / "input.parquet"), model=str(model_directory), column="text")
+    manifest = run_batch(
+        settings, TRANSLATE, str(folder / "input.parquet"), model=str(model_directory), columns={"text": "text"}
+    )
     return folder, manifest
 
 
 def test_rows_columns_and_order_are_kept(done: tuple[Path, Manifest], model_directory: Path) -> None:
     folder, manifest = done
     before, after = pq.read_table(folder / "input.parquet"), pq.read_table(folder / "input.translated.parquet")
-    assert after.column_names == [*before.column_names, "translation", "error", "truncated"]
+    assert after.column_names == [*before.column_names, "translation", "error", "truncated", "quality"]
     assert after.select(before.column_names).equals(before)
     rows = after.to_pylist()
     assert [row["error"] for row in rows[3:6]] == ["null text", "empty text", "empty text"]
@@ -67,8 +71,8 @@ def test_rows_columns_and_order_are_kept(done: tuple[Path, Manifest], model_dire
 def test_each_row_has_the_answer_to_its_own_text(done: tuple[Path, Manifest], model_directory: Path) -> None:
     rows = pq.read_table(done[0] / "input.translated.parquet").to_pylist()
     single = [row for row in rows if row["translation"] and "." not in row["text"][:-1] and len(row["text"]) < 30]
-    engine = Engine(ModelInfo.load(str(model_directory)), Settings().batch.decode)
-    outputs = engine.decode([row["text"] for row in single], ">>de<<")
+    engine = load_engine(ModelInfo.load(str(model_directory)), Settings().batch.decode)
+    outputs = engine.decode([(row["text"],) for row in single], Prompt("translate", token=">>de<<"))
     agreed = sum((o.text or "").strip() == row["translation"] for o, row in zip(outputs, single, strict=True))
     # int8 rounds by batch: a few answers may differ, misplaced ones nearly all would.
     assert len(single) > 20 and agreed >= 0.8 * len(single)
@@ -81,7 +85,7 @@ def test_the_manifest_says_what_was_done(done: tuple[Path, Manifest]) -> None:
     assert Manifest.read(StoragePath(str(work))) == manifest
     output = folder / "input.translated.parquet"
     assert manifest.outputs == [{"path": str(output), "rows": 300, "bytes": output.stat().st_size}]
-    assert manifest.stage == "batch-translate" and manifest.settings["column"] == "text"
+    assert manifest.stage == "batch-translate" and manifest.settings["columns"] == {"text": "text"}
     assert manifest.inputs["files"][0]["rows"] == 300
     assert manifest.metrics["chunks"] == 8 and manifest.metrics["output_tokens"] > 300
     assert len(manifest.samples) == 3 and all(sample["output"] for sample in manifest.samples)
@@ -96,7 +100,7 @@ def test_the_same_job_again_does_nothing(done: tuple[Path, Manifest], model_dire
         TRANSLATE,
         str(folder / "input.parquet"),
         model=str(model_directory),
-        column="text",
+        columns={"text": "text"},
         to=None,
         connect=never,
     )
@@ -109,7 +113,12 @@ def test_another_job_does_not_replace_the_output(done: tuple[Path, Manifest], mo
     other = Settings.model_validate({"batch": {"decode": {"max_output_tokens": 5}}})
     with pytest.raises(OutputError, match="exists already, made by another model, input or setting; use --overwrite"):
         run_batch(
-            other, TRANSLATE, str(folder / "input.parquet"), model=str(model_directory), column="text", connect=never
+            other,
+            TRANSLATE,
+            str(folder / "input.parquet"),
+            model=str(model_directory),
+            columns={"text": "text"},
+            connect=never,
         )
 
 
@@ -126,7 +135,7 @@ def test_overwriting_and_limits(tmp_path: Path, model_directory: Path, sentences
     with output.open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["text"] for row in rows] == sentences[:40] and all(row["summary"] for row in rows)
-    assert list(rows[0]) == ["text", "n", "summary", "error", "truncated"]
+    assert list(rows[0]) == ["text", "n", "summary", "error", "truncated", "quality"]
     assert manifest.counts["rows"] == 40
     output.write_text("mine again")
     with pytest.raises(OutputError, match="exists already, changed since it was made"):
@@ -152,7 +161,13 @@ def test_a_directory_gives_a_directory(tmp_path: Path, model_directory: Path, se
     assert [Path(output["path"]).name for output in manifest.outputs] == ["a.parquet", "b.parquet", "d.csv", "c.jsonl"]
     # A glob over the same files, through another output, gives the same answers.
     run_batch(ONE_WORKER, TRANSLATE, f"{source}/*.parquet", model=str(model_directory), output=str(tmp_path / "g"))
-    assert pq.read_table(tmp_path / "g" / "a.parquet").column_names == ["text", "translation", "error", "truncated"]
+    assert pq.read_table(tmp_path / "g" / "a.parquet").column_names == [
+        "text",
+        "translation",
+        "error",
+        "truncated",
+        "quality",
+    ]
     assert sorted(file.name for file in (tmp_path / "g").iterdir()) == ["a.parquet", "b.parquet"]
 
 
@@ -189,6 +204,30 @@ def test_a_dry_run_foretells_and_writes_nothing(tmp_path: Path, model_directory:
     assert [file.name for file in tmp_path.iterdir()] == ["t.parquet"]
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_answers_are_checked_before_they_are_published(
+    tmp_path: Path, model_directory: Path, sentences: list[str]
+) -> None:
+    """The model copies: beside its sources it scores well, beside other sentences it does not."""
+    texts = [text for text in sentences if len(text) < 40][:120]
+    pq.write_table(pa.table({"text": texts, "same": texts, "other": texts[::-1]}), tmp_path / "t.parquet")
+    source, model = str(tmp_path / "t.parquet"), str(model_directory)
+
+    def run(references: str, min_chrf: float) -> Manifest:
+        check = {"references": references, "min_chrf": min_chrf, "rows": 100}
+        settings = Settings.model_validate({"batch": {"workers": 1, "check": check}})
+        return run_batch(settings, TRANSLATE, source, model=model, columns={"text": "text"})
+
+    with pytest.raises(InputError, match=r"t\.parquet: batch\.check\.references: there is no column 'absent'"):
+        run("absent", 40)
+    with pytest.raises(RaylmError, match=r"chrF of 100 answers beside 'other' is .*, min_chrf is 60; nothing is publ"):
+        run("other", 60)
+    assert not (tmp_path / "t.translated.parquet").exists()
+    manifest = run("same", 60)
+    assert manifest.metrics["checked_chrf"] > 60 and manifest.metrics["checked_rows"] == 100
+    assert manifest.metrics["chunks_reused"] == manifest.metrics["chunks"], "what was answered is not asked again"
+
+
 # --------------------------------------------------------------------------------------------- faults
 
 
@@ -197,7 +236,7 @@ def test_a_dry_run_foretells_and_writes_nothing(tmp_path: Path, model_directory:
     [
         ({"input": "absent.parquet"}, InputError, "there is no such file"),
         ({"input": "*.txt"}, InputError, "no file matches"),
-        ({"column": "absent"}, InputError, "there is no column 'absent'"),
+        ({"columns": {"text": "absent"}}, InputError, "there is no column 'absent'"),
         ({"input": "clash.parquet"}, InputError, "has a column 'translation' already"),
         ({"input": "corrupt.parquet"}, InputError, "corrupt or cut off"),
         ({"model": "absent"}, ArtifactError, "there is no such directory"),
@@ -215,7 +254,7 @@ def test_faults_are_told_before_ray_is_needed(
     tmp_path: Path,
     model_directory: Path,
     monkeypatch: pytest.MonkeyPatch,
-    asked: dict[str, str],
+    asked: dict[str, Any],
     error: type[RaylmError],
     reason: str,
 ) -> None:
@@ -353,23 +392,26 @@ def is_below(pid: int, ancestor: int) -> bool:
 
 DEADLY = """
 import os, sys
-from raylm.inference.engines import Output
+from functools import partial
+from raylm.inference.answers import Output, answer_rows
+from raylm.inference.prompts import Prompt
 from raylm.inference.quarantine import Tries, answer_one_by_one
 from raylm.storage import StoragePath
-from raylm.tasks import SUMMARIZE
 
-def decode(texts, token):
-    if "poison" in texts:
-        os.kill(os.getpid(), 9)
-    return [Output(text.upper()) for text in texts]
+class Engine:
+    def decode(self, rows, prompt):
+        if ("poison",) in rows:
+            os.kill(os.getpid(), 9)
+        return [Output(text.upper()) for (text,) in rows]
 
 place = StoragePath(sys.argv[1])
 tries = Tries.note_one(place)
-texts = ["a", "poison", "b", None]
+rows, prompt = [("a",), ("poison",), ("b",), (None,)], Prompt("summarize")
+answer = partial(answer_rows, Engine())
 if tries.is_careful:
-    print([(o.text, o.error) for o in answer_one_by_one(decode, SUMMARIZE, texts, None, tries, place)])
+    print([(o.text, o.error) for o in answer_one_by_one(answer, rows, prompt, tries, place)])
 else:
-    decode(texts, None)
+    answer(rows, prompt)
 """
 
 
@@ -394,9 +436,9 @@ def test_workers_that_die_before_any_row_end_the_job(tmp_path: Path) -> None:
 
 
 def test_careful_answers_are_the_same(tmp_path: Path) -> None:
-    def decode(texts: Any, token: str | None) -> list[Output]:
-        return [Output(text.upper()) for text in texts]
+    def answer(rows: Any, prompt: Prompt) -> list[Output]:
+        return [Output(text.upper() if text else None) for (text,) in rows]
 
     place = StoragePath(str(tmp_path / "tries"))
-    outputs = answer_one_by_one(decode, TRANSLATE, ["a. B", None], None, Tries(), place)
-    assert [(output.text, output.error) for output in outputs] == [("A. B", None), (None, "null text")]
+    outputs = answer_one_by_one(answer, [("a. B",), (None,)], Prompt("translate"), Tries(), place)
+    assert [(output.text, output.error) for output in outputs] == [("A. B", None), (None, None)]

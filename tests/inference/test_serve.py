@@ -17,12 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from raylm.errors import ArtifactError, RaylmError
+from raylm.inference.answers import answer_rows
 from raylm.inference.batch import run_batch
-from raylm.inference.engines import Engine, answer_texts
+from raylm.inference.engines import Engine, load_engine
 from raylm.inference.model import ModelInfo
+from raylm.inference.prompts import Prompt
 from raylm.inference.serve import start_service, stop_service, wait_for_signal
 from raylm.settings import Settings
-from raylm.tasks import SUMMARIZE, TRANSLATE
+from raylm.tasks import TRANSLATE
 
 SETTINGS = Settings.model_validate(
     {
@@ -37,6 +39,7 @@ SETTINGS = Settings.model_validate(
     }
 )
 LONG = "word " * 200
+TO_GERMAN = Prompt("translate", token=">>de<<")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,11 @@ def service(ray_cluster: None, model_directory: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def engine(model_directory: Path) -> Engine:
-    return Engine(ModelInfo.load(str(model_directory)), SETTINGS.serve.decode)
+    return load_engine(ModelInfo.load(str(model_directory)), SETTINGS.serve.decode)
+
+
+def answered(engine: Engine, texts: list[str], prompt: Prompt = TO_GERMAN) -> list[str | None]:
+    return [output.text for output in answer_rows(engine, [(text,) for text in texts], prompt)]
 
 
 def post(service: str, route: str, **body: object) -> httpx.Response:
@@ -83,15 +90,14 @@ def test_a_compute_type_that_the_cpu_lacks_is_told_at_once(ray_cluster: None, mo
 
 def test_one_text_and_several_are_answered(service: str, engine: Engine, sentences: list[str]) -> None:
     texts = [*sentences[:5], "Find it. Open it.\nClose it."]
-    expected = answer_texts(engine.decode, TRANSLATE, texts, ">>de<<")
     answer = post(service, "translate", text=texts, to="de").json()
     assert answer["model"] == "tiny"
-    assert [row["text"] for row in answer["translations"]] == [output.text for output in expected]
+    assert [row["text"] for row in answer["translations"]] == answered(engine, texts)
     single = post(service, "translate", text=texts[0]).json()["translations"]
     assert single == answer["translations"][:1]
     summaries = post(service, "summarize", text=texts[:2]).json()["summaries"]
-    expected = answer_texts(engine.decode, SUMMARIZE, texts[:2], ">>summary<<")
-    assert [row["text"] for row in summaries] == [output.text for output in expected]
+    in_short = Prompt("summarize", token=">>summary<<")
+    assert [row["text"] for row in summaries] == answered(engine, texts[:2], in_short)
 
 
 def test_faulty_rows_are_answered_by_their_errors(service: str) -> None:
@@ -105,8 +111,7 @@ def test_concurrent_requests_get_their_own_answers(service: str, engine: Engine,
     texts = sentences[100:140]
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda text: post(service, "translate", text=text).json(), texts))
-    expected = answer_texts(engine.decode, TRANSLATE, texts, ">>de<<")
-    assert [answer["translations"][0]["text"] for answer in answers] == [output.text for output in expected]
+    assert [answer["translations"][0]["text"] for answer in answers] == answered(engine, texts)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +164,8 @@ def test_online_requests_do_not_wait_for_batch_jobs(service: str, sentences: lis
     from ray import serve
 
     handle = serve.get_app_handle("raylm")
-    bulk = [handle.decode.remote([f"{text} {n} {text}" for text in sentences[:1_500]], ">>de<<") for n in range(8)]
+    rows = [[(f"{text} {n} {text}",) for text in sentences[:1_500]] for n in range(8)]
+    bulk = [handle.answer.remote(part, TO_GERMAN) for part in rows]
     bulk[0].result(timeout_s=60)
     assert post(service, "translate", text="Find Text").status_code == 200
     last_is_done = False

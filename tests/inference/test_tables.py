@@ -17,8 +17,9 @@ import pytest
 
 from raylm.errors import InputError, OutputError
 from raylm.inference.chunks import plan_chunks, result_schema
-from raylm.inference.io import InputTable, choose_column, list_inputs, open_table, read_texts
+from raylm.inference.io import InputTable, check_same_columns, choose_columns, list_inputs, open_table, read_fields
 from raylm.inference.output import write_output
+from raylm.inference.prompts import Prompt
 from raylm.inference.tabular import PREPARED_ROWS
 from raylm.storage import StoragePath
 from raylm.tasks import TRANSLATE
@@ -38,7 +39,7 @@ def written(table: InputTable, place: Path, kind: Any) -> Path:
             "truncated": [False] * table.rows,
         }
     )
-    schema = result_schema(TRANSLATE)
+    schema = answers.schema
 
     def batches() -> Iterator[pa.RecordBatch]:
         yield pa.record_batch([pa.array([], field.type) for field in schema], schema)
@@ -120,7 +121,12 @@ def test_malformed_files_are_told_in_one_line(tmp_path: Path, name: str, content
 
 def column_of(tmp_path: Path, table: pa.Table, wanted: str | None = None) -> str:
     pq.write_table(table, tmp_path / "t.parquet")
-    return choose_column(opened(tmp_path / "t.parquet", tmp_path), wanted)
+    return chosen(opened(tmp_path / "t.parquet", tmp_path), wanted)
+
+
+def chosen(table: InputTable, wanted: str | None = None) -> str:
+    [column] = choose_columns(table, Prompt("translate"), {"text": wanted} if wanted else {})
+    return column
 
 
 def test_the_only_text_column_is_chosen(tmp_path: Path) -> None:
@@ -144,20 +150,43 @@ def test_an_unclear_column_is_refused_with_what_there_is(tmp_path: Path) -> None
 
 def test_csv_cells_that_are_numbers_or_dates_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,when,text,flag\n007,2026-01-02,Hello,true\n008,2026-01-03,World,false\n")
-    assert choose_column(opened(tmp_path / "a.csv", tmp_path), None) == "text"
+    assert chosen(opened(tmp_path / "a.csv", tmp_path)) == "text"
 
 
 def test_json_columns_of_mixed_kinds_give_row_problems(tmp_path: Path) -> None:
     rows = [{"text": "a"}, {"text": 5}, {"n": 1}, {"text": None}, {"text": ["b"]}, {"text": True}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     table = opened(tmp_path / "a.jsonl", tmp_path)
-    assert choose_column(table, None) == "text"
-    texts = read_texts(table, "text", 0, 6)
-    assert texts.values == ["a", None, None, None, None, None]
+    assert chosen(table) == "text"
+    texts = read_fields(table, ["text"], 0, 6)
+    assert texts.values == [("a",), *[(None,)] * 5]
     kinds = [problem and problem.rsplit(" ", 1)[1] for problem in texts.problems]
     assert kinds == [None, "number", None, None, "array", "boolean"]
     with pytest.raises(InputError, match="column 'n' holds int64"):
-        choose_column(table, "n")
+        chosen(table, "n")
+
+
+def test_files_of_one_table_have_the_same_columns(tmp_path: Path) -> None:
+    for name, table in (
+        ("a", pa.table({"text": ["a"], "n": [1]})),
+        ("b", pa.table({"text": ["a"], "n": ["1"]})),
+        ("c", pa.table({"text": ["a"]})),
+    ):
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    a, b, c = (opened(tmp_path / f"{name}.parquet", tmp_path) for name in "abc")
+    check_same_columns([a, a])
+    with pytest.raises(
+        InputError, match=r"b\.parquet: column 'n' is string, in .*a\.parquet it is int64; the files of"
+    ):
+        check_same_columns([a, b])
+    with pytest.raises(InputError, match=r"c\.parquet: column 'n' is absent, in .*a\.parquet it is int64"):
+        check_same_columns([a, c])
+
+
+def test_a_file_that_is_no_arrow_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "t.arrow").write_bytes(b"nothing of the kind")
+    with pytest.raises(InputError, match=r"t\.arrow: not readable as an Arrow IPC file: "):
+        opened(tmp_path / "t.arrow", tmp_path / "work")
 
 
 # -------------------------------------------------------------------------------------------- reading
@@ -177,7 +206,7 @@ def test_any_range_of_rows_is_read(tmp_path: Path, suffix: str) -> None:
     table = opened(file, tmp_path / "work")
     assert table.rows == rows
     for start, stop in ((0, 1), (499, 501), (0, rows), (PREPARED_ROWS - 1, 2 * PREPARED_ROWS + 1), (rows - 1, rows)):
-        assert read_texts(table, "text", start, stop).values == texts[start:stop]
+        assert read_fields(table, ["text"], start, stop).values == [(text,) for text in texts[start:stop]]
 
 
 def test_only_the_row_groups_of_a_range_are_read(tmp_path: Path) -> None:
@@ -189,26 +218,33 @@ def test_only_the_row_groups_of_a_range_are_read(tmp_path: Path) -> None:
     content[start : start + last.total_compressed_size] = b"\xff" * last.total_compressed_size
     file.write_bytes(content)
     table = opened(file, tmp_path)
-    assert len(read_texts(table, "text", 0, 300).values) == 300
+    assert len(read_fields(table, ["text"], 0, 300).values) == 300
     with pytest.raises(InputError, match=r"t\.parquet: not readable as parquet"):
-        read_texts(table, "text", 299, 301)
+        read_fields(table, ["text"], 299, 301)
 
 
 def test_bytes_that_are_no_text_are_a_problem_of_their_row(tmp_path: Path) -> None:
     cells = pa.array([b"good", b"\xff\xfe", None], pa.binary())
     broken = pa.StringArray.from_buffers(3, cells.buffers()[1], cells.buffers()[2], cells.buffers()[0])
     pq.write_table(pa.table({"text": broken}), tmp_path / "t.parquet")
-    texts = read_texts(opened(tmp_path / "t.parquet", tmp_path), "text", 0, 3)
-    assert texts.values == ["good", None, None]
+    texts = read_fields(opened(tmp_path / "t.parquet", tmp_path), ["text"], 0, 3)
+    assert texts.values == [("good",), (None,), (None,)]
     assert texts.problems == [None, "text is not valid UTF-8", None]
 
 
 # ------------------------------------------------------------------------------------------- writing
 
 
-def test_every_arrow_type_passes_through_parquet(tmp_path: Path) -> None:
-    pq.write_table(EVERY_TYPE, tmp_path / "t.parquet", row_group_size=2)
-    out = pq.read_table(written(opened(tmp_path / "t.parquet", tmp_path), tmp_path / "out.parquet", "parquet"))
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_every_arrow_type_passes_through(tmp_path: Path, kind: Any) -> None:
+    file = tmp_path / f"t.{kind}"
+    if kind == "parquet":
+        pq.write_table(EVERY_TYPE, file, row_group_size=2)
+    else:
+        with pa.ipc.new_file(str(file), EVERY_TYPE.schema) as writer:
+            writer.write_table(EVERY_TYPE, max_chunksize=2)
+    place = written(opened(file, tmp_path / "work"), tmp_path / f"out.{kind}", kind)
+    out = pq.read_table(place) if kind == "parquet" else pa.ipc.open_file(place).read_all()
     assert out.column_names == [*EVERY_TYPE.column_names, "translation", "error", "truncated"]
     # NaN is unequal to itself: that column is compared as text.
     assert str(out["ratio"].to_pylist()) == str(EVERY_TYPE["ratio"].to_pylist())
@@ -294,7 +330,7 @@ def test_a_failed_output_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot write"):
         written(table, tmp_path / "file" / "o.parquet", "parquet")
     (tmp_path / "out").mkdir()
-    schema = result_schema(TRANSLATE)
+    schema = result_schema(TRANSLATE, with_scores=False)
     empty = pa.record_batch([pa.array([], field.type) for field in schema], schema)
     with pytest.raises(ValueError, match="3 rows have no answers"):
         write_output(table, 3, iter([empty]), StoragePath(str(tmp_path / "out" / "o.parquet")), "parquet")

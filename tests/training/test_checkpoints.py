@@ -180,7 +180,7 @@ def test_an_object_store_that_refuses_is_asked_again(
     object_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refused twice, a rank's files are there in the end; refused for good, the error names the file."""
-    monkeypatch.setattr(checkpoints, "_RETRY_AFTER_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("raylm.storage._RETRY_AFTER_S", (0.0, 0.0, 0.0))
     upload, refusals = StoragePath.upload, [2]
 
     def refusing(place: StoragePath, file: Path) -> None:

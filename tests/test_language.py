@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from raylm.corpus.language import identify, is_known, likeliest, primary, same_language
+from raylm.language import identify, is_known, likeliest, primary, same_language
 
 
 @pytest.mark.parametrize(

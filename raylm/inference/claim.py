@@ -1,0 +1,191 @@
+"""Where a job's results go, and that one job alone writes there.
+
+A job keeps its parts, and in the end its manifest, in `<output>.raylm` beside its output. While it runs it holds that
+directory: on a local or shared disk by a lock that the system frees when the process dies, on an object store by a
+lease that it renews.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from raylm.errors import OutputError
+from raylm.inference.io import FORMATS, InputFile, is_glob, suffix_of
+from raylm.storage import Manifest, StoragePath
+from raylm.tasks import Task
+
+LOCK = "lock.json"
+_RENEWED_EVERY_S = 10.0
+_DEAD_AFTER_S = 35.0
+_SETTLED_AFTER_S = 2.0
+
+
+def output_place(pattern: str, files: Sequence[InputFile], task: Task, output: str | None) -> StoragePath:
+    """Where a job's result goes: a file for a file, a directory for a directory or a glob.
+
+    :raises OutputError: none can be told, it would replace or lie in its input, or its suffix says nothing.
+    """
+    place = StoragePath(pattern)
+    if place.is_file():
+        stem = place.name[: len(place.name) - len(suffix_of(place.name))]
+        name = f"{stem}.{task.done}{suffix_of(place.name)}"
+        target = StoragePath(output) if output else place.parent / name
+        if output and (output.endswith("/") or target.is_dir()):
+            target = target / name
+        if suffix_of(target.name) not in FORMATS:
+            raise OutputError(f"--output {output}: its suffix should be one of {', '.join(FORMATS)}")
+        if target.path == place.path:
+            raise OutputError(f"--output {output}: is the input itself")
+        return target
+    if is_glob(pattern) and not output:
+        raise OutputError(f"{pattern}: name a directory for the results with --output")
+    target = StoragePath(output.rstrip("/") if output else f"{pattern.rstrip('/')}.{task.done}")
+    if suffix_of(target.name) in FORMATS or target.is_file():
+        raise OutputError(f"--output {output}: {len(files)} input files give a directory, this names a file")
+    if (PurePosixPath(target.path) / "x").is_relative_to(place.path):
+        raise OutputError(f"--output {output}: lies in its own input {place}")
+    return target
+
+
+def output_files(target: StoragePath, files: Sequence[InputFile], pattern: str) -> list[StoragePath]:
+    """The output file of each input file."""
+    return [target] if StoragePath(pattern).is_file() else [target / file.relative for file in files]
+
+
+def work_directory(target: StoragePath) -> StoragePath:
+    """Where a job keeps its parts, and in the end its manifest: beside its output."""
+    return target.parent / f"{target.name}.raylm"
+
+
+def finished_manifest(target: StoragePath, key: str) -> Manifest | None:
+    """The manifest of the same job, where it has been done and its outputs still are what it wrote."""
+    manifest = Manifest.read(work_directory(target))
+    if manifest is None or manifest.settings.get("key") != key:
+        return None
+    for output in manifest.outputs:
+        info = StoragePath(output["path"]).info()
+        if not info.is_file or info.size != output["bytes"]:
+            return None
+    return manifest
+
+
+@contextmanager
+def claimed_output(target: StoragePath, key: str, overwrite: bool) -> Iterator[StoragePath]:
+    """The work directory, this job's alone for the time; parts of other jobs for the same output are gone.
+
+    :raises OutputError: another job writes there now, something else is at the output's place, or it cannot be
+        written to.
+    """
+    work = work_directory(target)
+    note = work / "job.json"
+    is_mine = note.is_file() and note.read_json().get("key") == key
+    if not (is_mine or overwrite) and (target.is_file() or target.list()):
+        old = Manifest.read(work)
+        if old is None:
+            why = "made elsewhere"
+        elif old.settings.get("key") == key:
+            why = "changed since it was made"
+        else:
+            why = "made by another model, input or setting"
+        raise OutputError(f"{target}: exists already, {why}; use --overwrite or --output")
+    work.mkdir()
+    with _held(work / LOCK, target):
+        note.write_json({"key": key})
+        for stale, _ in (work / "parts").list():
+            if stale.name != key:
+                stale.delete()
+        yield work
+
+
+# --------------------------------------------------------------------------------------- one job alone
+
+
+def _held(lock: StoragePath, target: StoragePath) -> Any:
+    return _locked(lock.local(), target) if lock.is_local else _leased(lock, target)
+
+
+def _owner() -> dict[str, Any]:
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "id": uuid.uuid4().hex}
+
+
+def _taken(target: StoragePath, owner: dict[str, Any]) -> OutputError:
+    who = f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"
+    return OutputError(f"{target}: another job writes to it now ({who}); wait for its end, or use another --output")
+
+
+@contextmanager
+def _locked(lock: Path, target: StoragePath) -> Iterator[None]:
+    while True:
+        file = lock.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            text = file.read()
+            file.close()
+            raise _taken(target, json.loads(text) if text else {}) from None
+        if lock.is_file() and os.fstat(file.fileno()).st_ino == lock.stat().st_ino:
+            break
+        file.close()  # its holder has just ended, and removed it
+    try:
+        file.truncate(0)
+        file.write(json.dumps(_owner()))
+        file.flush()
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        file.close()
+
+
+@contextmanager
+def _leased(lease: StoragePath, target: StoragePath) -> Iterator[None]:
+    owner = _owner()
+    deadline = time.monotonic() + _DEAD_AFTER_S
+    found = _read(lease)
+    while found:
+        if time.monotonic() >= deadline:  # it was not renewed: its holder is dead
+            break
+        time.sleep(1.0)
+        now = _read(lease)
+        if now and now != found:
+            raise _taken(target, now)
+        found = now
+    lease.write_json(owner)
+    time.sleep(_SETTLED_AFTER_S)
+    if (now := _read(lease)) and now["id"] != owner["id"]:  # of two that came at once, the later one
+        raise _taken(target, now)
+    ended = threading.Event()
+
+    def renew() -> None:
+        number = 0
+        while not ended.wait(_RENEWED_EVERY_S):
+            number += 1
+            lease.write_json({**owner, "renewed": number})
+
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        lease.delete()
+
+
+def _read(lease: StoragePath) -> dict[str, Any] | None:
+    try:
+        return dict(lease.read_json()) if lease.is_file() else None
+    except (OSError, ValueError):
+        return None

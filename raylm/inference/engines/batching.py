@@ -1,0 +1,72 @@
+"""Rows in batches of like length: distinct ones once, and a batch that fails halved until one row has the error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+from raylm.errors import first_line
+from raylm.inference import watchdog
+from raylm.inference.answers import Output
+from raylm.inference.prompts import Fields
+
+
+@dataclass(frozen=True)
+class Source:
+    """A row as ids, ready to be put into a batch."""
+
+    key: Hashable
+    """What tells it from others: its fields, or its number where each row is to have an answer of its own."""
+    ids: list[int]
+    cut: bool
+    """Whether some of its text was left out."""
+
+
+def in_batches(
+    rows: Sequence[Fields],
+    encode: Callable[[Fields], tuple[list[int], bool] | Output],
+    run: Callable[[list[Source]], list[Output]],
+    batch_tokens: int,
+    distinct: bool = True,
+) -> list[Output]:
+    """The output of each row, in the order of the rows.
+
+    :param encode: a row's ids and whether it was cut, or its output where it cannot be asked about.
+    :param run: the outputs of a batch; raises for all of it.
+    :param batch_tokens: padded tokens of a batch; a longer row is one alone.
+    :param distinct: whether equal rows have one answer.
+    """
+    keys: Sequence[Hashable] = rows if distinct else range(len(rows))
+    outputs: dict[Hashable, Output] = {}
+    sources: list[Source] = []
+    for key, row in dict(zip(keys, rows, strict=True)).items():
+        encoded = encode(row)
+        if isinstance(encoded, Output):
+            outputs[key] = encoded
+        else:
+            sources.append(Source(key, *encoded))
+    sources.sort(key=lambda source: -len(source.ids))
+    for batch in _token_batches(sources, batch_tokens):
+        for source, output in zip(batch, _run_or_halve(run, batch), strict=True):
+            outputs[source.key] = output
+        watchdog.beat()
+    return [outputs[key] for key in keys]
+
+
+def _token_batches(sources: Sequence[Source], batch_tokens: int) -> Iterator[list[Source]]:
+    """Runs of sources, longest first, whose padded size stays within the budget; never an empty one."""
+    start = 0
+    while start < len(sources):
+        rows = max(batch_tokens // max(len(sources[start].ids), 1), 1)
+        yield list(sources[start : start + rows])
+        start += rows
+
+
+def _run_or_halve(run: Callable[[list[Source]], list[Output]], batch: list[Source]) -> list[Output]:
+    try:
+        return run(batch)
+    except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+        if len(batch) == 1:
+            return [Output(None, f"engine: {first_line(error)}", source_tokens=len(batch[0].ids))]
+        middle = len(batch) // 2
+        return _run_or_halve(run, batch[:middle]) + _run_or_halve(run, batch[middle:])

@@ -1,0 +1,110 @@
+"""Decoders run by vLLM on GPUs: continuous batching, a paged cache of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from raylm.errors import ArtifactError, first_line
+from raylm.inference.answers import Output
+from raylm.inference.engines.tokenizer import INVALID_UNICODE, Tokenizer
+from raylm.inference.model import ModelInfo
+from raylm.inference.prompts import Fields, Prompt
+from raylm.settings import DecodeSettings
+
+_ROWS_AT_ONCE = 256
+_DTYPES = {"auto": "auto", "float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
+
+
+class VllmEngine:
+    """A loaded decoder.
+
+    :param gpus: over which its layers' matrices are split.
+    :raises ArtifactError: vLLM is not installed, cannot load the model, or does not compute in the wanted type.
+    """
+
+    def __init__(self, model: ModelInfo, settings: DecodeSettings, gpus: int = 1) -> None:
+        try:
+            import vllm
+        except ImportError as error:
+            raise ArtifactError("decode.engine: vllm is not installed: pip install 'raylm[vllm]'") from error
+        self.model, self.settings = model, settings
+        self._tokenizer = Tokenizer(model)
+        self._max_source, max_target = model.limits(settings)
+        try:
+            self._model = vllm.LLM(**load_arguments(model, settings, gpus))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ArtifactError(f"model {model.where}: vLLM cannot load it: {first_line(error)}") from error
+        self._sampling = vllm.SamplingParams(**sampling_arguments(settings, max_target, self._tokenizer.ends))
+
+    def decode(self, rows: Sequence[Fields], prompt: Prompt) -> list[Output]:
+        """As `CTranslateEngine.decode`; vLLM batches by itself. A row's drawn answer depends on the seed alone."""
+        self._tokenizer.frame(prompt)
+        encoded = [self._tokenizer.encode(prompt, row, self._max_source) for row in rows]
+        asked = [{"prompt_token_ids": row[0]} for row in encoded if row is not None]
+        finished = iter(self._model.generate(asked, self._sampling, use_tqdm=False))
+        return [Output(None, INVALID_UNICODE) if row is None else self._output(row, next(finished)) for row in encoded]
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text, without what a prompt puts around it."""
+        return self._tokenizer.count(text)
+
+    def room(self, prompt: Prompt) -> int:
+        """The most tokens of a text that a prompt leaves room for."""
+        return self._max_source - self._tokenizer.around(prompt)
+
+    def _output(self, row: tuple[list[int], bool], request: Any) -> Output:
+        ids, was_cut = row
+        answer = request.outputs[0]
+        written = [token for token in answer.token_ids if token not in self._tokenizer.ends]
+        return Output(
+            text=self._tokenizer.decode([written])[0],
+            truncated=was_cut or answer.finish_reason == "length",
+            source_tokens=len(ids),
+            output_tokens=len(written),
+            score=answer.cumulative_logprob / max(len(answer.token_ids), 1) if self.settings.scores else None,
+        )
+
+
+def load_arguments(model: ModelInfo, settings: DecodeSettings, gpus: int) -> dict[str, Any]:
+    """What `vllm.LLM` is told.
+
+    :raises ArtifactError: vLLM does not compute in the wanted type.
+    """
+    if settings.compute_type not in _DTYPES:
+        raise ArtifactError(
+            f"decode.compute_type: vLLM computes in {', '.join(_DTYPES)}; found '{settings.compute_type}'"
+        )
+    return {
+        "model": str(model.directory),
+        "dtype": _DTYPES[settings.compute_type],
+        "tensor_parallel_size": gpus,
+        "max_model_len": model.max_positions,
+        "seed": settings.seed,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+    }
+
+
+def sampling_arguments(settings: DecodeSettings, max_tokens: int, ends: Sequence[int]) -> dict[str, Any]:
+    """What `vllm.SamplingParams` is told.
+
+    :raises ArtifactError: vLLM cannot do what is wanted: search by beams, or forbid n-grams.
+    """
+    if settings.beam_size > 1 or settings.no_repeat_ngram_size:
+        raise ArtifactError(
+            "decode: vLLM has neither beam_size > 1 nor no_repeat_ngram_size; leave them out, or set"
+            " decode.engine=transformers"
+        )
+    return {
+        "max_tokens": max_tokens,
+        "min_tokens": settings.min_output_tokens,
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "repetition_penalty": settings.repetition_penalty,
+        "seed": settings.seed if settings.temperature else None,
+        "stop_token_ids": list(ends),
+        "logprobs": 0 if settings.scores else None,
+        "detokenize": False,
+    }

@@ -1,0 +1,111 @@
+"""What a program fills in or reads in a text, and a translation has to keep: placeholders, tags, addresses.
+
+A model that has seen them in training mostly copies them. Where one is lost or changed, the words around it are
+translated apart and put together with the very signs of the source.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from raylm.sentences import Segments, split_text
+
+_MARKER = re.compile(
+    # Addresses; a full stop or a bracket that ends the sentence is none of theirs.
+    r"(?:https?|ftp|file)://[^\s<>\"']*[\w/#=&%~+$-]"
+    r"|[\w.+-]+@[\w-]+(?:\.[\w-]+)+"
+    # Tags, comments and entities of HTML and XML.
+    r"|</?[A-Za-z][\w:.-]*(?:\s+[^<>]*)?/?>|<!--.*?-->"
+    r"|&(?:[A-Za-z]\w{1,30}|\#\d{1,7}|\#[xX][0-9A-Fa-f]{1,6});"
+    # printf, Python, Objective-C and Qt; a percent sign after a digit is a percentage.
+    r"|%%"
+    r"|(?<!\d)%\(\w+\)[-+#0]*[\d.]*[a-zA-Z]"
+    r"|(?<!\d)%(?:\d+\$)?[-+#0']*(?:\d+|\*)?(?:\.(?:\d+|\*))?(?:hh|h|ll|l|L|q|j|z|t)?"
+    r"(?:[ds]|[iouxXeEfFgGcp@](?![^\W\d_]{2}))"
+    r"|(?<!\d)%L?[1-9]\d?(?![\d%$]|[.,]\d)"
+    r"|%[A-Z][A-Z0-9_]{2,}%?"
+    # Shells and templates.
+    r"|%\{\w+\}|\$\([\w.]+\)|\$\{[^{}]*\}|\$\[[\w.]+\]"
+)
+_OPENS = re.compile(r"\{(?=\s*(?:[A-Za-z_#][\w.\[\]-]*|\d*)\s*(?:[},:!]|\}))")
+"""How a field of str.format, ICU or a template begins: `{name}`, `{0:>8}`, `{n, plural, …}`."""
+_OPENERS = " \t\n\u00a0\"'“„«(["
+_SIGNS = "%{$<&@:"
+
+
+def markers(text: str) -> list[tuple[int, int]]:
+    """Where the markers of a text stand, in order, none within another."""
+    if not any(sign in text for sign in _SIGNS):
+        return []
+    spans = []
+    place = 0
+    while place < len(text):
+        opening, match = _OPENS.search(text, place), _MARKER.search(text, place)
+        if opening and (match is None or opening.start() < match.start() + match[0].startswith("$")):
+            stop = _closing(text, opening.start())
+            if stop:
+                spans.append((opening.start(), stop))
+                place = stop
+                continue
+            place = opening.end()
+        elif match:
+            spans.append(match.span())
+            place = match.end()
+        else:
+            break
+    return spans
+
+
+def _closing(text: str, start: int) -> int | None:
+    """Behind the brace that closes the one at `start`, others in between being closed as well."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if not depth:
+            return place + 1
+    return None
+
+
+def are_kept(source: str, output: str) -> bool:
+    """Whether an output has each marker of its source as often as that, to the letter."""
+    wanted = Counter(source[start:stop] for start, stop in markers(source))
+    if not wanted:
+        return True
+    found = Counter(output[start:stop] for start, stop in markers(output))
+    return all(found[marker] == count for marker, count in wanted.items())
+
+
+def split_keeping_markers(text: str) -> Segments:
+    """`split_text`, but a sentence does not end within a marker, as in `{n, plural, one {One file. } …}`."""
+    segments = split_text(text)
+    spans = markers(text)
+    if not spans or len(segments.sentences) < 2:
+        return segments
+    sentences, separators = [segments.sentences[0]], [segments.separators[0]]
+    place = len(separators[0]) + len(sentences[0])
+    for gap, sentence in zip(segments.separators[1:], segments.sentences[1:], strict=False):
+        following = place + len(gap)
+        if any(start < following and place < stop for start, stop in spans):
+            sentences[-1] += gap + sentence
+        else:
+            separators.append(gap)
+            sentences.append(sentence)
+        place = following + len(sentence)
+    return Segments(tuple(sentences), (*separators, segments.separators[-1]))
+
+
+def around_markers(text: str) -> Segments:
+    """The words between the markers of a text; markers, and what has no letter or digit, are separators."""
+    pieces, separators, end = [], [], 0
+    place = 0
+    for start, stop in [*markers(text), (len(text), len(text))]:
+        piece = text[place:start]
+        if any(sign.isalnum() for sign in piece):
+            first = place + next(n for n, sign in enumerate(piece) if sign.isalnum() or sign in "\"'“„«([")
+            last = place + len(piece.rstrip(_OPENERS))
+            separators.append(text[end:first])
+            pieces.append(text[first:last])
+            end = last
+        place = stop
+    return Segments(tuple(pieces), (*separators, text[end:]))
