@@ -14,6 +14,7 @@ from raylm.inference import watchdog
 from raylm.inference.answers import Answer, answer_rows
 from raylm.inference.chunks import Chunk, Job, answer_chunk
 from raylm.inference.engines import Engine, load_engine
+from raylm.inference.engines.cache import RememberingEngine
 from raylm.inference.model import ModelInfo
 from raylm.inference.quarantine import Tries
 from raylm.settings import DecodeSettings
@@ -44,7 +45,9 @@ class ChunkWorker:
             place = self._job.tries(chunk)
             tries = Tries.note_one(place)
             if self._engine is None:
-                self._engine = load_engine(ModelInfo.load(self._model), self._decode, self._device)
+                engine = load_engine(ModelInfo.load(self._model), self._decode, self._device)
+                # Where answers are drawn, equal rows have answers of their own.
+                self._engine = engine if self._decode.temperature else RememberingEngine(engine)
             watchdog.start(self._job.row_limit_s, Tries.mark(place))
             counts |= answer_chunk(self._job, chunk, partial(answer_rows, self._engine), tries)
         except RaylmError as error:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ CPUS = os.cpu_count() or 1
 
 
 @contextmanager
-def raylm_session(command: str, settings: Mapping[str, Any], cpus: int = CPUS) -> Iterator[Session]:
+def raylm_session(command: str | Sequence[str], settings: Mapping[str, Any], cpus: int = CPUS) -> Iterator[Session]:
     """A command that runs, and prints its manifest as JSON at its end.
 
+    :param command: its name, with arguments where it has some.
     :param settings: what stands under `metadata.raylm`.
     :param cpus: that its Ray has.
     """
@@ -40,7 +41,8 @@ def raylm_session(command: str, settings: Mapping[str, Any], cpus: int = CPUS) -
             "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": cpus}),
             "HF_HUB_OFFLINE": "1",
         }
-        line = [sys.executable, "-m", "raylm", command, "--cluster", str(cluster), "--json"]
+        words = [command] if isinstance(command, str) else command
+        line = [sys.executable, "-m", "raylm", *words, "--cluster", str(cluster), "--json"]
         session = Session(line, environment, Path(directory))
         try:
             yield session

@@ -8,7 +8,7 @@ import multiprocessing
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -16,6 +16,7 @@ from raylm.errors import ArtifactError
 from raylm.inference.answers import EMPTY_TEXT, NULL_TEXT, Output, answer_rows
 from raylm.inference.convert import converted_model
 from raylm.inference.engines import Engine, load_engine
+from raylm.inference.engines.cache import RememberingEngine
 from raylm.inference.model import ModelInfo, model_fingerprint
 from raylm.inference.prompts import Prompt, prompt_for
 from raylm.settings import DecodeSettings
@@ -42,6 +43,8 @@ def decode(engine: Engine, texts: list[str], prompt: Prompt = TO_GERMAN) -> list
 
 class Pretender:
     """Answers texts by a function; a word is a token, and `reads` is the most that it reads."""
+
+    model: Any = None
 
     def __init__(self, answer: Any, reads: int = 1_000) -> None:
         self._answer, self._reads = answer, reads
@@ -167,6 +170,25 @@ def test_int8_answers_like_float32(model: ModelInfo, engine: Engine, sentences: 
     exact = decode(engine, texts)
     small = decode(load_engine(model, DecodeSettings()), texts)
     assert sum(a.text == b.text for a, b in zip(exact, small, strict=True)) >= 35
+
+
+def test_what_comes_again_is_answered_from_memory_as_long_as_it_reaches() -> None:
+    asked: list[str] = []
+
+    def shout(text: str) -> Output:
+        asked.append(text)
+        return Output(text.upper()) if text != "bad" else Output(None, "engine: no")
+
+    engine = RememberingEngine(cast(Engine, Pretender(shout)), most_characters=24)
+    assert [output.text for output in decode(engine, ["one", "two", "one"])] == ["ONE", "TWO", "ONE"]
+    assert decode(engine, ["two", "bad"])[0].text == "TWO" and asked == ["one", "two", "bad"]
+    decode(engine, ["bad"], TO_GERMAN)
+    assert asked[-1] == "bad", "an error is not remembered"
+    decode(engine, ["two"], TO_SUMMARY)
+    assert asked[-1] == "two", "nor is the answer to another question"
+    decode(engine, ["three", "four"])
+    decode(engine, ["two", "one"])
+    assert asked[-2:] == ["two", "one"], "the oldest are forgotten first"
 
 
 # ---------------------------------------------------------------------------------------------- texts
