@@ -26,6 +26,7 @@ from raylm.storage import Manifest, StoragePath
 from raylm.tasks import Task
 
 LOCK = "lock.json"
+_CATALOG = ".po"
 _RENEWED_EVERY_S = 10.0
 _DEAD_AFTER_S = 35.0
 _SETTLED_AFTER_S = 2.0
@@ -45,6 +46,8 @@ def output_place(pattern: str, files: Sequence[InputFile], task: Task, output: s
             target = target / name
         if suffix_of(target.name) not in FORMATS:
             raise OutputError(f"--output {output}: its suffix should be one of {', '.join(FORMATS)}")
+        if suffix_of(target.name) == _CATALOG != suffix_of(place.name):
+            raise OutputError(f"--output {output}: a gettext catalog is made of a catalog alone; the input is {place}")
         if target.path == place.path:
             raise OutputError(f"--output {output}: is the input itself")
         return target

@@ -21,7 +21,7 @@ from raylm.inference.prompts import Prompt
 from raylm.inference.tabular import PREPARED_ROWS, prepare
 from raylm.storage import StoragePath, find_files, fingerprint
 
-Format = Literal["parquet", "arrow", "jsonl", "csv"]
+Format = Literal["parquet", "arrow", "jsonl", "csv", "po"]
 
 FORMATS: dict[str, Format] = {
     ".parquet": "parquet",
@@ -31,6 +31,7 @@ FORMATS: dict[str, Format] = {
     ".ndjson": "jsonl",
     ".json": "jsonl",
     ".csv": "csv",
+    ".po": "po",
 }
 
 

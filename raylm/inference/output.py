@@ -10,11 +10,13 @@ import math
 from collections.abc import Iterable, Iterator
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raylm.inference import gettext
 from raylm.inference.io import Format, InputTable, read_rows
 from raylm.inference.tabular import new_arrow_file, typed_rows, unmarked
 from raylm.storage import StoragePath
@@ -31,6 +33,10 @@ def write_output(
     :param answers: batches with the result columns for all rows in order, cut in any way.
     :raises OutputError: the place is read-only or full.
     """
+    if kind == "po":
+        columns = (batch.column(0).to_pylist() for batch in answers)
+        place.write_bytes(gettext.filled(table.file.place, islice(chain.from_iterable(columns), rows)))
+        return
     cursor = _Cursor(answers)
     is_json = table.file.format == "jsonl"
     with place.writing() as sink:

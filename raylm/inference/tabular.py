@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from raylm.errors import InputError
+from raylm.inference import gettext
 from raylm.storage import StoragePath
 
 PREPARED_ROWS = 1_024
@@ -22,7 +23,7 @@ _LINE = pa.schema([("line", pa.large_string())])
 
 
 def prepare(place: StoragePath, kind: str, target: StoragePath) -> tuple[int, pa.Schema]:
-    """Rows and columns of an Arrow, JSON Lines or CSV file, which is copied to `target` unless an earlier run did so.
+    """Rows and columns of a file that is not Parquet, which is copied to `target` unless an earlier run did so.
 
     JSON Lines keep their lines as they are, in one column `line`; the columns given back are their keys, with
     the types that fit all rows. CSV columns stay text, as written. A column's metadata `raylm` marks what is
@@ -35,7 +36,7 @@ def prepare(place: StoragePath, kind: str, target: StoragePath) -> tuple[int, pa
     if noted.is_file():
         note = noted.read_json()
         return note["rows"], pa.ipc.read_schema(pa.py_buffer(base64.b64decode(note["columns"])))
-    copy = {"arrow": _prepare_arrow, "jsonl": _prepare_jsonl, "csv": _prepare_csv}[kind]
+    copy = {"arrow": _prepare_arrow, "jsonl": _prepare_jsonl, "csv": _prepare_csv, "po": _prepare_po}[kind]
     rows, columns = copy(place, target)
     encoded = base64.b64encode(columns.serialize().to_pybytes()).decode()
     noted.write_json({"rows": rows, "columns": encoded})
@@ -61,6 +62,15 @@ def _prepare_arrow(place: StoragePath, target: StoragePath) -> tuple[int, pa.Sch
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{place}: not readable as an Arrow IPC file: {reason}") from error
     return rows, columns
+
+
+def _prepare_po(place: StoragePath, target: StoragePath) -> tuple[int, pa.Schema]:
+    """The messages of a gettext catalog that are to be translated."""
+    table = pa.Table.from_pylist(gettext.untranslated(place), gettext.COLUMNS)
+    with target.writing() as sink, new_arrow_file(sink, table.schema) as writer:
+        for batch in equal_batches(table.to_batches(), PREPARED_ROWS):
+            writer.write_batch(batch)
+    return table.num_rows, table.schema
 
 
 def new_arrow_file(sink: pa.NativeFile, columns: pa.Schema) -> pa.RecordBatchFileWriter:

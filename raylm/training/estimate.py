@@ -23,7 +23,7 @@ from raylm.training.examples import open_split, step_sequences
 from raylm.training.job import TrainingJob
 from raylm.training.labels import label_names
 from raylm.training.memory import BYTES, BatchShape, Memory, checkpoint_bytes, kept_bytes, loss_bytes, memory
-from raylm.training.objectives import span_counts
+from raylm.training.noise import span_counts
 from raylm.training.refusals import check_heads, check_objective, check_positions, check_training, shortages
 from raylm.training.start import Start, find_start, refusal
 from raylm.training.telemetry import read_metrics

@@ -15,22 +15,20 @@ from raylm.errors import ArtifactError, SettingsError
 from raylm.storage import StoragePath
 from raylm.training.batches import GlobalBatch, Shards, TokenLists
 from raylm.training.labels import check_labels, label_counts, label_names, label_numbers
+from raylm.training.noise import corrupt_spans, infill_spans, span_mask
 from raylm.training.objectives import (
     IGNORE,
     LabelledTexts,
     MicroBatch,
     SelfSupervision,
     Vocabulary,
-    corrupt_spans,
     cut,
     document_mask,
     document_places,
-    infill_spans,
     objective_for,
     pair_weights,
     prefix_batch,
     seq2seq_batch,
-    span_mask,
 )
 from raylm.training.steps import token_loss
 
