@@ -84,7 +84,7 @@ def run_batch(
     else:
         info = ModelInfo.load(model or absolute(model_directory(settings)))
     prompt = prompt_for(info, task, to, source_language, settings.batch.prompt, settings.batch.system)
-    asked = {"prompt": asdict(prompt), "columns": columns, "limit": limit}
+    asked = {"prompt": asdict(prompt) | {"fields": list(prompt.fields)}, "columns": columns, "limit": limit}
     key = job_key(files, info.fingerprint, decode, asked)
     if dry_run:
         return estimate(settings.batch, info, prompt, files, columns, limit)

@@ -120,7 +120,11 @@ def _listed(text: str | list[str]) -> list[str]:
     return [text] if isinstance(text, str) else text
 
 
-@serve.deployment
+def _answer(output: Output) -> Answer:
+    return Answer(text=output.text, truncated=output.truncated, error=output.error)
+
+
+@serve.deployment  # which pickles the class here: what it calls stands above
 @serve.ingress(api)
 class Service:
     """One replica: an engine, HTTP routes over it, and two methods for callers with a deployment handle."""
@@ -227,10 +231,6 @@ class Service:
         """The model and the decode settings of this service."""
         model = asdict(self._model) | {"directory": str(self._model.directory)}
         return {"model": model, "decode": self._settings.decode.model_dump()}
-
-
-def _answer(output: Output) -> Answer:
-    return Answer(text=output.text, truncated=output.truncated, error=output.error)
 
 
 def build_app(settings: Settings, model: str) -> serve.Application:

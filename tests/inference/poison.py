@@ -42,8 +42,7 @@ def main(source: str, model: str, directory: str, asked: str) -> None:
         object_store_memory=1 << 27, runtime_env={"worker_process_setup_hook": poison_engines},
     )  # fmt: skip
     try:
-        manifest = run_batch(Settings.model_validate(json.loads(asked)), TRANSLATE, source, model=model)
-        sys.stdout.write(json.dumps(manifest.counts))
+        run_batch(Settings.model_validate(json.loads(asked)), TRANSLATE, source, model=model)
     except RaylmError as error:
         sys.exit(f"raylm: error: {error}")
 

@@ -403,13 +403,15 @@ class Engine:
         if ("poison",) in rows:
             os.kill(os.getpid(), 9)
         return [Output(text.upper()) for (text,) in rows]
+    def room(self, prompt):
+        return 100
 
 place = StoragePath(sys.argv[1])
 tries = Tries.note_one(place)
 rows, prompt = [("a",), ("poison",), ("b",), (None,)], Prompt("summarize")
 answer = partial(answer_rows, Engine())
 if tries.is_careful:
-    print([(o.text, o.error) for o in answer_one_by_one(answer, rows, prompt, tries, place)])
+    print([(o.text, o.error) for o in answer_one_by_one(answer, rows, prompt, tries, place, 60)])
 else:
     answer(rows, prompt)
 """
@@ -440,5 +442,5 @@ def test_careful_answers_are_the_same(tmp_path: Path) -> None:
         return [Output(text.upper() if text else None) for (text,) in rows]
 
     place = StoragePath(str(tmp_path / "tries"))
-    outputs = answer_one_by_one(answer, [("a. B",), (None,)], Prompt("translate"), Tries(), place)
+    outputs = answer_one_by_one(answer, [("a. B",), (None,)], Prompt("translate"), Tries(), place, limit_s=60)
     assert [(output.text, output.error) for output in outputs] == [("A. B", None), (None, None)]
