@@ -45,6 +45,7 @@ def load_for_inference(model: ModelInfo, settings: DecodeSettings, device: Devic
         )
     if device == "cpu":
         torch.set_num_threads(threads)
+    transformers.utils.logging.disable_progress_bar()
     loader = {
         "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
         "decoder": transformers.AutoModelForCausalLM,
@@ -183,11 +184,16 @@ class GenerationEngine:
         )
 
     def _scores(self, generated: Any) -> list[float]:
-        """The mean log probability of each answer's tokens."""
+        """The mean log probability of each answer's tokens, its end included."""
+        import torch
+
         tokens = self._model.compute_transition_scores(
             generated.sequences, generated.scores, getattr(generated, "beam_indices", None), normalize_logits=True
         )  # (B, T)
-        written = generated.sequences[:, -tokens.shape[1] :] != self._pad
+        is_end = torch.isin(
+            generated.sequences[:, -tokens.shape[1] :], torch.tensor(self._tokenizer.ends).to(tokens.device)
+        )
+        written = is_end.cumsum(dim=1) - is_end.long() == 0  # up to the first end
         sums = tokens.masked_fill(~written | tokens.isinf(), 0.0).sum(dim=-1)
         means: list[float] = (sums / written.sum(dim=-1).clamp(min=1)).tolist()
         return means
