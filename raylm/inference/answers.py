@@ -14,6 +14,8 @@ from raylm.tasks import SUMMARIZE, TRANSLATE
 
 NULL_TEXT = "null text"
 EMPTY_TEXT = "empty text"
+_SHORTER = 0.8
+"""Of a long text's tokens, at most so many may be left in the summaries of its parts for these to be summarised."""
 
 Row = tuple[str | None, ...]
 """What a row of a table says in the columns that a prompt reads."""
@@ -132,19 +134,17 @@ def _summarized(engine: Decoder, texts: Sequence[str], prompt: Prompt) -> list[O
     parts = [_parts(engine, text, room) for text in texts]
     outputs = iter(engine.decode([(part,) for pieces in parts for part in pieces], prompt) if texts else [])
     summaries = []
-    for pieces in parts:
+    for text, pieces in zip(texts, parts, strict=True):
         found = [_trimmed(next(outputs)) for _ in pieces]
-        summaries.append(found[0] if len(found) == 1 else _summary_of(engine, found, prompt))
+        summaries.append(found[0] if len(found) == 1 else _summary_of(engine, text, found, prompt))
     return summaries
 
 
-def _summary_of(engine: Decoder, parts: Sequence[Output], prompt: Prompt) -> Output:
+def _summary_of(engine: Decoder, text: str, parts: Sequence[Output], prompt: Prompt) -> Output:
     """The summary of what the parts of a text were summarised to, one line each."""
     lines = _joined(Segments(("",) * len(parts), ("", *["\n"] * (len(parts) - 1), "")), parts)
-    if lines.text is None:
-        return lines
-    shorter = sum(part.output_tokens for part in parts) < sum(part.source_tokens for part in parts)
-    if not shorter:  # a model that does not summarise: the text of its parts is all there is
+    # A model that does not summarise would be asked for ever: what it made of the parts is all there is.
+    if lines.text is None or engine.count_tokens(lines.text) > _SHORTER * engine.count_tokens(text):
         return lines
     [summary] = _summarized(engine, [lines.text], prompt)
     return replace(

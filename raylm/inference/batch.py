@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raylm import errors
-from raylm.errors import RaylmError
-from raylm.inference.check import check_answers, check_references
+from raylm.errors import RaylmError, SettingsError
+from raylm.inference.check import check_answers, check_references, check_score
 from raylm.inference.chunks import Chunk, Job, job_key, plan_job, read_part
 from raylm.inference.claim import LOCK, claimed_output, finished_manifest, output_files, output_place
 from raylm.inference.estimate import estimate
@@ -26,7 +26,7 @@ from raylm.inference.output import write_output
 from raylm.inference.prompts import prompt_for
 from raylm.inference.workers import REQUESTS, answer_on_actors, answer_through_service, plan_workers
 from raylm.progress import Progress
-from raylm.settings import Settings, model_directory
+from raylm.settings import BatchSettings, Settings, model_directory
 from raylm.settings.section import is_within, limit_text
 from raylm.storage import MANIFEST, Manifest, Stopwatch, StoragePath
 from raylm.tasks import Task
@@ -88,7 +88,13 @@ def run_batch(
     key = job_key(files, info.fingerprint, decode, asked)
     if dry_run:
         return estimate(settings.batch, info, prompt, files, columns, limit)
+    unknown = sorted(columns.keys() - set(prompt.fields))
+    if unknown:
+        raise SettingsError(
+            f"a column is named for {', '.join(unknown)}, but the prompt reads {', '.join(prompt.fields)}"
+        )
     if finished := finished_manifest(target, key):
+        _check_finished(finished, settings.batch)
         return finished
 
     with claimed_output(target, key, overwrite) as work:
@@ -118,6 +124,7 @@ def run_batch(
             "model_fingerprint": info.fingerprint,
             "decode": decode.model_dump(),
             "chunk_rows": batch.chunk_rows,
+            "check": batch.check.model_dump() if batch.check else None,
             "through": through,
             "workers": workers,
         }
@@ -140,9 +147,10 @@ def _follow(job: Job, left: list[Chunk], done: Iterator[dict[str, Any]], max_err
     rows = sum(chunk.rows for chunk in finished)
     failed = 0 if max_errors is None else sum(_failures(job, chunk) for chunk in finished)
     tokens, first = 0, "answered by an earlier run"
-    _check_errors(job, failed, first, max_errors)
+    stage = f"batch-{job.task.name}"
+    _check_errors(stage, failed, job.rows, first, max_errors)
     watch = Stopwatch()
-    with Progress(f"batch-{job.task.name}", job.rows, "rows") as progress:
+    with Progress(stage, job.rows, "rows") as progress:
         progress.resume_at(rows)
         for counts in done:
             if counts.get("failure"):
@@ -150,16 +158,30 @@ def _follow(job: Job, left: list[Chunk], done: Iterator[dict[str, Any]], max_err
             rows += counts["rows"]
             failed += counts["errors"]
             tokens += counts["output_tokens"]
-            _check_errors(job, failed, counts["first_error"] or first, max_errors)
+            _check_errors(stage, failed, job.rows, counts["first_error"] or first, max_errors)
             first = counts["first_error"] or first
             speed = tokens / max(watch.elapsed_s, 1e-3)
             progress.update(rows, f"{speed:,.0f} tokens/s" + (f"  {failed:,} errors" if failed else ""))
 
 
-def _check_errors(job: Job, failed: int, example: str, limit: float | int | None) -> None:
-    if limit is not None and not is_within(limit, failed, job.rows):
+def _check_finished(manifest: Manifest, settings: BatchSettings) -> None:
+    """Hold a job that was done before to what is asked for now.
+
+    :raises RaylmError: it has more errors than may be, or scored lower than it has to, or was not checked so.
+    """
+    counts, check, before = manifest.counts, settings.check, manifest.settings.get("check")
+    _check_errors(manifest.stage, counts["errors"], counts["rows"], "see its `error` column", settings.max_errors)
+    if check is None or before == check.model_dump():
+        return
+    if before is None or (before["references"], before["rows"]) != (check.references, check.rows):
+        raise RaylmError(f"{manifest.stage}: was done without this batch.check; do it again with --overwrite")
+    check_score(manifest.metrics["checked_chrf"], manifest.metrics["checked_rows"], check)
+
+
+def _check_errors(stage: str, failed: int, rows: int, example: str, limit: float | int | None) -> None:
+    if limit is not None and not is_within(limit, failed, rows):
         raise RaylmError(
-            f"batch-{job.task.name}: {failed:,} of {job.rows:,} rows have an error, batch.max_errors allows"
+            f"{stage}: {failed:,} of {rows:,} rows have an error, batch.max_errors allows"
             f" {limit_text(limit)}; one of them: {example}. What is done is kept, the same command with another"
             " max_errors goes on from there"
         )

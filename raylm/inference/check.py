@@ -34,11 +34,16 @@ def check_answers(job: Job, settings: CheckSettings) -> dict[str, float]:
     if not found:
         raise InputError(f"batch.check.references: no row has both an answer and a text in '{settings.references}'")
     answers, wanted = zip(*found[: settings.rows], strict=True)
-    chrf = float(metrics.score(("chrf",), answers, wanted, job.prompt.to)["chrf"])
+    chrf = round(float(metrics.score(("chrf",), answers, wanted, job.prompt.to)["chrf"]), 2)
+    check_score(chrf, len(answers), settings)
+    return {"checked_chrf": chrf, "checked_rows": len(answers)}
+
+
+def check_score(chrf: float, rows: int, settings: CheckSettings) -> None:
+    """:raises RaylmError: the score is too low."""
     if chrf < settings.min_chrf:
         raise RaylmError(
-            f"batch.check: chrF of {len(answers):,} answers beside '{settings.references}' is {chrf:.1f},"
+            f"batch.check: chrF of {rows:,} answers beside '{settings.references}' is {chrf:.1f},"
             f" min_chrf is {settings.min_chrf:g}; nothing is published. What is done is kept, the same command with"
             " another min_chrf goes on from there"
         )
-    return {"checked_chrf": round(chrf, 2), "checked_rows": len(answers)}

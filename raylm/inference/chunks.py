@@ -8,12 +8,15 @@ the answers, so that a job with another model, input or setting never takes them
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
-from raylm.errors import InputError
+from raylm.errors import InputError, RaylmError, first_line
+from raylm.inference import watchdog
 from raylm.inference.answers import Answer, Output, Row
 from raylm.inference.io import InputFile, InputTable, check_same_columns, choose_columns, open_table, read_fields
 from raylm.inference.prompts import Prompt
@@ -83,7 +86,7 @@ class Job:
         there = set()
         for place, _ in StoragePath(self.parts_uri).list():
             there.add(place.name)
-            if place.name.endswith(".tries"):
+            if place.name.endswith((".tries", ".hung")):
                 place.delete()
         return [chunk for chunk in self.chunks if chunk.name not in there]
 
@@ -169,11 +172,16 @@ def answer_chunk(job: Job, chunk: Chunk, answer: Answer, tries: Tries | None = N
     :raises OutputError: the part cannot be written.
     """
     table, columns = job.tables[chunk.file], job.columns[chunk.file]
-    rows = persistently(table.file.place, lambda: read_fields(table, columns, chunk.start, chunk.stop))
-    if tries and tries.is_careful:
-        answers = answer_one_by_one(answer, rows.values, job.prompt, tries, job.tries(chunk), job.row_limit_s)
-    else:
-        answers = answer(rows.values, job.prompt)
+    is_worded = job.prompt.template is not None
+    rows = persistently(table.file.place, lambda: read_fields(table, columns, chunk.start, chunk.stop, is_worded))
+    note = job.tries(chunk)
+    with watchdog.watching(job.row_limit_s, Tries.mark(note)) if tries else nullcontext():
+        if tries and tries.is_careful:
+            answers = answer_one_by_one(
+                partial(_answered, answer), rows.values, job.prompt, tries, note, job.row_limit_s
+            )
+        else:
+            answers = _answered(answer, rows.values, job.prompt)
     outputs = [
         Output(None, problem) if problem else output for output, problem in zip(answers, rows.problems, strict=True)
     ]
@@ -197,6 +205,18 @@ def answer_chunk(job: Job, chunk: Chunk, answer: Answer, tries: Tries | None = N
         "first_error": first,
         "output_tokens": sum(output.output_tokens for output in outputs),
     }
+
+
+def _answered(answer: Answer, rows: Sequence[Row], prompt: Prompt) -> list[Output]:
+    """The outputs of rows; where something fails that nobody foresaw, it is the error of its row alone."""
+    try:
+        return answer(rows, prompt)
+    except RaylmError:
+        raise
+    except Exception as error:
+        if len(rows) == 1:
+            return [Output(None, f"failed: {type(error).__name__}: {first_line(error)}")]
+        return [output for row in rows for output in _answered(answer, [row], prompt)]
 
 
 def _quality(prompt: Prompt, row: Row, output: Output) -> str | None:

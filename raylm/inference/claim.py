@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,6 +26,7 @@ from raylm.storage import Manifest, StoragePath
 from raylm.tasks import Task
 
 LOCK = "lock.json"
+_NOTE = "job.json"
 _CATALOG = ".po"
 _RENEWED_EVERY_S = 10.0
 _DEAD_AFTER_S = 35.0
@@ -91,24 +92,30 @@ def claimed_output(target: StoragePath, key: str, overwrite: bool) -> Iterator[S
         written to.
     """
     work = work_directory(target)
-    note = work / "job.json"
-    is_mine = note.is_file() and note.read_json().get("key") == key
-    if not (is_mine or overwrite) and (target.is_file() or target.list()):
-        old = Manifest.read(work)
-        if old is None:
-            why = "made elsewhere"
-        elif old.settings.get("key") == key:
-            why = "changed since it was made"
-        else:
-            why = "made by another model, input or setting"
-        raise OutputError(f"{target}: exists already, {why}; use --overwrite or --output")
     work.mkdir()
     with _held(work / LOCK, target):
-        note.write_json({"key": key})
+        _check_free(target, work, key, overwrite)
+        (work / _NOTE).write_json({"key": key})
         for stale, _ in (work / "parts").list():
             if stale.name != key:
                 stale.delete()
         yield work
+
+
+def _check_free(target: StoragePath, work: StoragePath, key: str, overwrite: bool) -> None:
+    """:raises OutputError: something else is at the output's place."""
+    note = work / _NOTE
+    is_mine = note.is_file() and note.read_json().get("key") == key
+    if is_mine or overwrite or not (target.is_file() or target.list()):
+        return
+    old = Manifest.read(work)
+    if old is None:
+        why = "made elsewhere"
+    elif old.settings.get("key") == key:
+        why = "changed since it was made"
+    else:
+        why = "made by another model, input or setting"
+    raise OutputError(f"{target}: exists already, {why}; use --overwrite or --output")
 
 
 # --------------------------------------------------------------------------------------- one job alone
@@ -131,7 +138,10 @@ def _taken(target: StoragePath, owner: dict[str, Any]) -> OutputError:
 @contextmanager
 def _locked(lock: Path, target: StoragePath) -> Iterator[None]:
     while True:
-        file = lock.open("a+")
+        try:
+            file = lock.open("a+")
+        except OSError as error:
+            raise OutputError(f"cannot write {lock}: {error.strerror}") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -139,6 +149,9 @@ def _locked(lock: Path, target: StoragePath) -> Iterator[None]:
             text = file.read()
             file.close()
             raise _taken(target, json.loads(text) if text else {}) from None
+        except OSError as error:
+            file.close()
+            raise OutputError(f"{lock}: this filesystem has no locks ({error.strerror}); use another") from error
         if lock.is_file() and os.fstat(file.fileno()).st_ino == lock.stat().st_ino:
             break
         file.close()  # its holder has just ended, and removed it
@@ -175,7 +188,8 @@ def _leased(lease: StoragePath, target: StoragePath) -> Iterator[None]:
         number = 0
         while not ended.wait(_RENEWED_EVERY_S):
             number += 1
-            lease.write_json({**owner, "renewed": number})
+            with suppress(OutputError):  # the next time, perhaps
+                lease.write_json({**owner, "renewed": number})
 
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
@@ -184,11 +198,13 @@ def _leased(lease: StoragePath, target: StoragePath) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        lease.delete()
+        now = _read(lease)
+        if now and now["id"] == owner["id"]:
+            lease.delete()
 
 
 def _read(lease: StoragePath) -> dict[str, Any] | None:
     try:
         return dict(lease.read_json()) if lease.is_file() else None
-    except (OSError, ValueError):
+    except FileNotFoundError:  # it has just been removed
         return None

@@ -1,13 +1,16 @@
 """gettext catalogs: their untranslated messages as rows, and the catalog again with the answers in their places.
 
 An answer is marked fuzzy, as a machine's work is to be looked at: gettext's tools show it and do not use it before.
-What is translated already, comments, references, obsolete messages and the header stay.
+What is translated already, comments, references and obsolete messages stay; the file is written by Babel, which orders
+the header's lines its own way.
 """
 
 from __future__ import annotations
 
+import gettext
 import io
 from collections.abc import Iterable, Iterator
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -18,6 +21,8 @@ from raylm.storage import StoragePath
 if TYPE_CHECKING:
     from babel.messages.catalog import Catalog, Message
 
+_NUMBERS = 200
+"""Numbers of things that are tried out to learn which form says them."""
 COLUMNS = pa.schema([("text", pa.string()), ("context", pa.string()), ("form", pa.int32())])
 """What is to be translated, its `msgctxt`, and of a message with plurals the number of the form, which is the
 singular at 0."""
@@ -39,7 +44,7 @@ def filled(place: StoragePath, answers: Iterable[str | None]) -> bytes:
     from babel.messages.pofile import write_po
 
     catalog = _read(place)
-    for (message, form, _), answer in zip(list(_gaps(catalog)), answers, strict=True):
+    for (message, form, _), answer in zip(list(_gaps(catalog)), chain(answers, repeat(None)), strict=False):
         if answer is None:
             continue
         if message.pluralizable:
@@ -72,6 +77,14 @@ def _gaps(catalog: Catalog) -> Iterator[tuple[Message, int, str]]:
             if not message.string:
                 yield message, 0, message.id
             continue
+        singular = _singular_form(catalog)
         for form in range(catalog.num_plurals):
             if form >= len(message.string) or not message.string[form]:
-                yield message, form, message.id[min(form, 1)]
+                yield message, form, message.id[0 if form == singular else 1]
+
+
+def _singular_form(catalog: Catalog) -> int | None:
+    """The number of the form for one thing alone; None in a language where that form says other numbers as well."""
+    select = gettext.c2py(catalog.plural_expr)
+    one = int(select(1))
+    return None if any(select(number) == one for number in (0, *range(2, _NUMBERS))) else one

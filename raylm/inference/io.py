@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, time
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -191,12 +190,12 @@ def _checked_column(table: InputTable, wanted: str, is_text: bool) -> str:
     columns, where = table.columns, table.file.place
     if wanted not in columns.names:
         near = difflib.get_close_matches(wanted, columns.names, n=1, cutoff=0.5)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = f"; did you mean '{near[0]}'?" if near else "."
         raise InputError(f"{where}: there is no column '{wanted}'{hint} Its columns: {_listed(table)}")
     field = columns.field(wanted)
     if _is_text(field) or pa.types.is_null(field.type) or _is_marked(field, b"number"):
         return wanted
-    if is_text or pa.types.is_nested(field.type):
+    if is_text or pa.types.is_nested(field.type) or pa.types.is_binary(field.type):
         raise InputError(f"{where}: column '{wanted}' holds {field.type}, text (string) is expected")
     return wanted
 
@@ -226,16 +225,19 @@ class FieldRows:
     problems: list[str | None]
 
 
-def read_fields(table: InputTable, columns: Sequence[str], start: int, stop: int) -> FieldRows:
+def read_fields(table: InputTable, columns: Sequence[str], start: int, stop: int, is_worded: bool = False) -> FieldRows:
     """The rows [start, stop), with some columns.
+
+    :param is_worded: the values stand among words, where numbers and dates are as good as text.
 
     A process that reads range after range of a Parquet file decodes each row group's column once.
 
     :raises InputError: the file became unreadable.
     """
     cells = [_cells(table, column, start, stop) for column in columns]
-    if len(columns) > 1:  # numbers and dates among other words are as good as text
-        cells = [[str(v) if isinstance(v, int | float | date | time) else v for v in values] for values in cells]
+    if is_worded:
+        kept = (str, bytes, list, dict, type(None))
+        cells = [[value if isinstance(value, kept) else str(value) for value in values] for values in cells]
     problems: list[str | None] = [None] * (stop - start)
     for column, values in zip(columns, cells, strict=True):
         for number, value in enumerate(values):
@@ -269,7 +271,13 @@ def _cells(table: InputTable, column: str, start: int, stop: int) -> list[Any]:
 
 
 def _problem(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
+    if value is None or (isinstance(value, str) and value.isascii()):
+        return None
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # a lone surrogate
+            return "text is not valid Unicode"
         return None
     if isinstance(value, bytes):
         return "text is not valid UTF-8"

@@ -14,9 +14,9 @@ from raylm.sentences import Segments, split_text
 _MARKER = re.compile(
     # Addresses; a full stop or a bracket that ends the sentence is none of theirs.
     r"(?:https?|ftp|file)://[^\s<>\"']*[\w/#=&%~+$-]"
-    r"|[\w.+-]+@[\w-]+(?:\.[\w-]+)+"
+    r"|(?<![\w.+-])[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)+"
     # Tags, comments and entities of HTML and XML.
-    r"|</?[A-Za-z][\w:.-]*(?:\s+[^<>]*)?/?>|<!--.*?-->"
+    r"|</?[A-Za-z][\w:.-]*(?:\s+[^<>]*)?/?>|<!--.{0,2000}?-->"
     r"|&(?:[A-Za-z]\w{1,30}|\#\d{1,7}|\#[xX][0-9A-Fa-f]{1,6});"
     # printf, Python, Objective-C and Qt; a percent sign after a digit is a percentage.
     r"|%%"
@@ -31,6 +31,7 @@ _MARKER = re.compile(
 _OPENS = re.compile(r"\{(?=\s*(?:[A-Za-z_#][\w.\[\]-]*|\d*)\s*(?:[},:!]|\}))")
 """How a field of str.format, ICU or a template begins: `{name}`, `{0:>8}`, `{n, plural, …}`."""
 _OPENERS = " \t\n\u00a0\"'“„«(["
+_BRACE = re.compile("[{}]")
 _SIGNS = "%{$<&@:"
 
 
@@ -38,33 +39,25 @@ def markers(text: str) -> list[tuple[int, int]]:
     """Where the markers of a text stand, in order, none within another."""
     if not any(sign in text for sign in _SIGNS):
         return []
-    spans = []
-    place = 0
-    while place < len(text):
-        opening, match = _OPENS.search(text, place), _MARKER.search(text, place)
-        if opening and (match is None or opening.start() < match.start() + match[0].startswith("$")):
-            stop = _closing(text, opening.start())
-            if stop:
-                spans.append((opening.start(), stop))
-                place = stop
-                continue
-            place = opening.end()
-        elif match:
-            spans.append(match.span())
-            place = match.end()
-        else:
-            break
+    closed = _closed_braces(text)
+    found = [match.span() for match in _MARKER.finditer(text)]
+    found += [(match.start(), closed[match.start()]) for match in _OPENS.finditer(text) if match.start() in closed]
+    spans: list[tuple[int, int]] = []
+    for start, stop in sorted(found):
+        if not spans or start >= spans[-1][1]:
+            spans.append((start, stop))
     return spans
 
 
-def _closing(text: str, start: int) -> int | None:
-    """Behind the brace that closes the one at `start`, others in between being closed as well."""
-    depth = 0
-    for place in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if not depth:
-            return place + 1
-    return None
+def _closed_braces(text: str) -> dict[int, int]:
+    """Where each brace that is closed opens, and the place behind the one that closes it."""
+    open_, closed = [], {}
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "{":
+            open_.append(brace.start())
+        elif open_:
+            closed[open_.pop()] = brace.end()
+    return closed
 
 
 def are_kept(source: str, output: str) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +36,7 @@ _TASKS: dict[Kind, tuple[str, ...]] = {
     "reader": (ANSWER.name,),
 }
 _LANGUAGE_CODED = ("m2m_100", "mbart", "nllb-moe")
+_LANGUAGE_TOKEN = re.compile(r'">>([\w-]+)<<"')
 _DEFAULT_POSITIONS = 512
 _NO_LIMIT = 10**9  # transformers writes 10^30 where a tokenizer has none
 _HASHED = (
@@ -177,18 +180,28 @@ class ModelInfo:
                 return language
         raise ArtifactError(f"model {self.where}: cannot {TRANSLATE.name} to '{to}'; its languages: {listed}")
 
-    def has_token(self, token: str) -> bool:
-        """Whether the vocabulary has a token, such as the language tokens of multilingual OPUS-MT models."""
-        vocabularies = [self.directory / "vocab.json", self.directory / "tokenizer.json"]
-        quoted = json.dumps(token)
-        return any(file.is_file() and quoted in file.read_text(encoding="utf-8") for file in vocabularies)
+    def language_tokens(self) -> frozenset[str]:
+        """The names in the language tokens of a multilingual OPUS-MT model: `de` of `>>de<<`."""
+        return _language_tokens(self.directory)
 
-    def added_tokens(self) -> set[str]:
+    def added_tokens(self) -> frozenset[str]:
         """The tokens beside the learned vocabulary: special ones, and language codes."""
-        from raylm.models import load_tokenizer
+        return _added_tokens(self.directory)
 
-        tokenizer = load_tokenizer(str(self.directory))
-        return {*tokenizer.get_added_vocab(), *getattr(tokenizer, "lang_token_to_id", ())}
+
+@lru_cache(maxsize=8)
+def _language_tokens(directory: Path) -> frozenset[str]:
+    files = [directory / "vocab.json", directory / "tokenizer.json"]
+    texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+    return frozenset(name for text in texts for name in _LANGUAGE_TOKEN.findall(text)) - {"summary"}
+
+
+@lru_cache(maxsize=8)
+def _added_tokens(directory: Path) -> frozenset[str]:
+    from raylm.models import load_tokenizer
+
+    tokenizer = load_tokenizer(str(directory))
+    return frozenset({*tokenizer.get_added_vocab(), *getattr(tokenizer, "lang_token_to_id", ())})
 
 
 def model_fingerprint(directory: Path) -> str:

@@ -14,7 +14,7 @@ from string import Formatter
 
 from raylm.errors import ArtifactError, SettingsError
 from raylm.inference.model import ModelInfo
-from raylm.tasks import ANSWER, GENERATE, SUMMARIZE, TRANSLATE, Task
+from raylm.tasks import ANSWER, GENERATE, SUMMARIZE, TRANSLATE, Task, language_token
 
 Fields = tuple[str, ...]
 """What a row says: the values of the columns that a prompt reads, in its order."""
@@ -25,8 +25,10 @@ _INSTRUCTIONS = {
     ANSWER.name: "Answer the question from the text. Answer as briefly as possible.\n\n{{context}}\n\n{{question}}",
     GENERATE.name: "{{text}}",
 }
+_SHOWN = 8
 _QUESTION = "question: {question} context: {context}"
 """As T5 has learned it (Raffel et al. 2020, appendix D.15)."""
+_TRANSLATION = re.compile("translation_(.+)_to_(.+)")
 _CODE = re.compile(r"__([a-z]{2,3})__|[a-z]{2}_[A-Z]{2}|[a-z]{3}_[A-Z][a-z]{3}")
 """Language codes of M2M100, mBART and NLLB."""
 
@@ -74,7 +76,7 @@ def template_fields(template: str) -> tuple[str, ...]:
         raise SettingsError(f"prompt {template!r}: {error}; write {{{{ and }}}} for braces that are text") from error
     names = [name for _, name, _, _ in parts if name is not None]
     for _, name, form, conversion in parts:
-        if name is not None and (not name or form or conversion or set("[].") & set(name)):
+        if name is not None and (not name or name.isdigit() or form or conversion or set("[].") & set(name)):
             raise SettingsError(f"prompt {template!r}: {{{name}}} is not the name of a column alone")
     if not names:
         raise SettingsError(f"prompt {template!r}: names no column; write, for example, {{text}}")
@@ -100,11 +102,14 @@ def prompt_for(
     model.check_task(task)
     if system is not None and not model.chats:
         raise SettingsError(f"system: model {model.where} has no chat template, so there is no place for it")
+    if template is not None and model.kind == "reader":
+        raise SettingsError(f"prompt: model {model.where} marks answers in a context, there is no place for words")
     prompt = _usual_prompt(model, task, to, source_language, template)
     if template is not None:
         prompt = prompt.with_template(template)
     if task == TRANSLATE:
-        prompt = replace(prompt, to=model.target_language(to) if model.is_ours else to)
+        language = model.target_language(to) if model.is_ours else to
+        prompt = replace(prompt, to=_tag(language) if language else None)
     return replace(prompt, system=system)
 
 
@@ -128,12 +133,11 @@ def _usual_prompt(
         return prompt
     if task == TRANSLATE and model.is_language_coded:
         return _coded_prompt(model, prompt, to, source_language)
-    prefix = _prefix(model, task, to, source_language)
+    prefix = _prefix(model, task, to, source_language) if template is None else None
     if prefix is not None:
         return prompt.with_template(prefix.replace("{", "{{").replace("}", "}}") + "{text}")
     if task == TRANSLATE:
-        token = task.prompt_token(to) if to else None
-        return replace(prompt, token=token if token and model.has_token(token) else None)
+        return replace(prompt, token=_language_token(model, to))
     return prompt.with_template(_QUESTION) if task == ANSWER else prompt
 
 
@@ -152,12 +156,10 @@ def _prefix(model: ModelInfo, task: Task, to: str | None, source_language: str |
         return model.prefixes.get("summarization")
     if task != TRANSLATE:
         return None
-    known = {name: words for name, words in model.prefixes.items() if name.startswith("translation_")}
+    named = {_TRANSLATION.fullmatch(name): words for name, words in model.prefixes.items()}
+    known = {match[0]: (match[1], match[2], words) for match, words in named.items() if match}
     fitting = [
-        words
-        for name, words in known.items()
-        for _, source, _, target in [name.split("_", 3)]
-        if to in (None, target) and source_language in (None, source)
+        words for source, target, words in known.values() if to in (None, target) and source_language in (None, source)
     ]
     if known and len(fitting) != 1:
         raise ArtifactError(
@@ -168,6 +170,35 @@ def _prefix(model: ModelInfo, task: Task, to: str | None, source_language: str |
 
 
 # -------------------------------------------------------------------------------------------- languages
+
+
+def _language_token(model: ModelInfo, to: str | None) -> str | None:
+    """The token of a multilingual OPUS-MT model for a language; None for a model that has no such tokens.
+
+    :raises ArtifactError: it has some, but none for the language.
+    """
+    tokens = model.language_tokens()
+    if not tokens:
+        return None
+    if to is None:
+        raise ArtifactError(f"model {model.where}: say --to; its languages: {_some(sorted(tokens))}")
+    for code in _codes_of(to):
+        for name in (code, code.split("_")[0]):
+            if name in tokens:
+                return language_token(name)
+    raise ArtifactError(f"model {model.where}: cannot translate to '{to}'; its languages: {_some(sorted(tokens))}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + ", …" * (len(names) > _SHOWN)
+
+
+def _tag(language: str) -> str:
+    """A language or a model's code for it as a BCP 47 tag: `de` for `deu_Latn` and `__de__`."""
+    from babel.core import get_global
+
+    base, *rest = language.strip("_").replace("-", "_").split("_")
+    return "-".join([get_global("language_aliases").get(base, base).split("_")[0], *rest])
 
 
 def _coded_prompt(model: ModelInfo, prompt: Prompt, to: str | None, source_language: str | None) -> Prompt:
@@ -186,7 +217,7 @@ def _code(model: ModelInfo, language: str, codes: set[str]) -> str:
     same = sorted(code for code in codes if code.split("_")[0] == language.replace("-", "_").split("_")[0])
     if len(same) == 1:  # mBART's `de_DE`
         return same[0]
-    shown = ", ".join(same or sorted(codes)[:8]) + ("" if same else ", …")
+    shown = _some(same or sorted(codes))
     raise ArtifactError(f"model {model.where}: has no code for the language '{language}'; its codes: {shown}")
 
 
@@ -197,6 +228,7 @@ def _codes_of(language: str) -> Iterator[str]:
     yield language
     tag = language.replace("-", "_")
     yield f"__{tag}__"
+    yield _tag(tag.lower())
     base, *rest = tag.split("_")
     base = base.lower()
     likely = get_global("likely_subtags")

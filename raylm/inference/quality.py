@@ -6,7 +6,7 @@ import re
 
 from raylm.inference.answers import Row
 from raylm.inference.prompts import Prompt
-from raylm.language import likeliest, same_language
+from raylm.language import is_known, likeliest, same_language
 from raylm.tasks import CLASSIFY, TRANSLATE
 
 EMPTY, COPIED, REPEATS, WRONG_LANGUAGE = "empty", "copied", "repeats", "wrong_language"
@@ -60,6 +60,8 @@ def _loops(units: list[str]) -> bool:
 
 
 def _is_of_another_language(text: str, wanted: str) -> bool:
+    if not is_known(wanted):
+        return False
     guesses = likeliest(text, 2)
     if not guesses or guesses[0][1] < _LEAST_SURE:
         return False

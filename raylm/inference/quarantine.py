@@ -16,7 +16,7 @@ from raylm.errors import RaylmError
 from raylm.inference import watchdog
 from raylm.inference.answers import Answer, Output, Row
 from raylm.inference.prompts import Prompt
-from raylm.storage import StoragePath, fingerprint
+from raylm.storage import StoragePath
 
 STOPPED_WORKER = "the row stopped its worker twice"
 HUNG = "the row took longer than {limit_s:g} s"
@@ -53,13 +53,13 @@ class Tries:
             if has_hung:
                 tries.hung.append(tries.row)
             tries.row, tries.begun = None, _WHOLE_TRIES
-        elif has_hung:
-            tries.begun = max(tries.begun, _WHOLE_TRIES)
         elif tries.begun >= _MOST_TRIES:
             raise RaylmError(
                 f"{tries.begun} workers died before they came to a row of {place.name}: is there memory enough"
                 " for the model? What is done is kept, the same command goes on from there"
             )
+        elif has_hung:
+            tries.begun = max(tries.begun, _WHOLE_TRIES)
         tries.begun += 1
         tries.write(place)
         return tries
@@ -67,7 +67,7 @@ class Tries:
     @staticmethod
     def mark(place: StoragePath) -> Path:
         """Where a watchdog says that a worker hung over the chunk with these tries."""
-        return watchdog.mark_of(fingerprint(place.uri))
+        return watchdog.mark_of(place)
 
     def write(self, place: StoragePath) -> None:
         place.write_bytes(json.dumps(asdict(self)).encode())
@@ -96,4 +96,6 @@ def answer_one_by_one(
             tries.write(place)
             watchdog.beat()
             outputs += answer([row], prompt)
+    tries.row = None  # what comes now is none of the last row's fault
+    tries.write(place)
     return outputs

@@ -393,12 +393,14 @@ def connect_to_service(
 
 def _with_retries(send: Callable[[], Any], tries: int = 4) -> Any:
     """A reply, asked for again while replicas are replaced or full."""
-    from ray.exceptions import RayActorError
+    from ray.exceptions import RayActorError, RayTaskError
     from ray.serve.exceptions import BackPressureError
 
     for attempt in range(tries):
         try:
             return send().result(timeout_s=_REQUEST_TIMEOUT_S)
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, RaylmError) else error from None
         except (RayActorError, BackPressureError) as error:
             if attempt == tries - 1:
                 reason = " ".join(str(error).split())

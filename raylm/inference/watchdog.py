@@ -9,21 +9,34 @@ from __future__ import annotations
 import faulthandler
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
+
+from raylm.storage import StoragePath, fingerprint
 
 _watch: tuple[float, TextIO] | None = None
 """Seconds from one beat to the next, and what the traces are written to."""
 
 
-def start(limit_s: float, mark: Path) -> None:
-    """Watch this process from now on, until `stop`.
+@contextmanager
+def watching(limit_s: float, mark: Path) -> Iterator[None]:
+    """Watch this process meanwhile.
 
-    :param mark: is not empty afterwards where the process was ended by this.
+    :param limit_s: from one beat to the next.
+    :param mark: is there afterwards, with the traces, where the process was ended by this.
     """
     global _watch
-    _watch = (limit_s, mark.open("w"))
-    beat()
+    with mark.open("w") as file:
+        _watch = (limit_s, file)
+        beat()
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            _watch = None
+    mark.unlink(missing_ok=True)
 
 
 def beat() -> None:
@@ -33,19 +46,11 @@ def beat() -> None:
         faulthandler.dump_traceback_later(limit_s, exit=True, file=file)
 
 
-def stop() -> None:
-    """Watch no longer."""
-    global _watch
-    if _watch:
-        faulthandler.cancel_dump_traceback_later()
-        _watch[1].close()
-        Path(_watch[1].name).unlink(missing_ok=True)
-        _watch = None
-
-
-def mark_of(key: str) -> Path:
-    """Where a piece of work leaves word on this machine that its process hung."""
-    return Path(tempfile.gettempdir()) / f"raylm-hung-{os.getuid()}-{key}"
+def mark_of(place: StoragePath) -> Path:
+    """Where work that is noted at a place leaves word that its process hung: beside the note where that is a disk."""
+    if place.is_local:
+        return place.local().with_suffix(".hung")
+    return Path(tempfile.gettempdir()) / f"raylm-hung-{os.getuid()}-{fingerprint(place.uri)}"
 
 
 def take_mark(mark: Path) -> bool:

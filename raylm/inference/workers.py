@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, Literal
 
 from raylm.errors import RaylmError, to_plain
-from raylm.inference import watchdog
 from raylm.inference.answers import Answer, answer_rows
 from raylm.inference.chunks import Chunk, Job, answer_chunk
 from raylm.inference.engines import Engine, load_engine
@@ -48,12 +47,9 @@ class ChunkWorker:
                 engine = load_engine(ModelInfo.load(self._model), self._decode, self._device)
                 # Where answers are drawn, equal rows have answers of their own.
                 self._engine = engine if self._decode.temperature else RememberingEngine(engine)
-            watchdog.start(self._job.row_limit_s, Tries.mark(place))
             counts |= answer_chunk(self._job, chunk, partial(answer_rows, self._engine), tries)
         except RaylmError as error:
             counts |= to_plain(error)
-        finally:
-            watchdog.stop()
         return {name: [value] for name, value in counts.items()}
 
 

@@ -66,7 +66,7 @@ class BatchSettings(Section):
     """The system message, for models that chat."""
     chunk_rows: int = Field(default=512, ge=1)
     """Rows of one unit of work: what a crash can cost a worker."""
-    row_limit_s: float = Field(default=300, gt=0)
+    row_limit_s: float = Field(default=300, gt=0, le=86_400)
     """A worker that takes longer for a row, or for a batch of rows in its engine, is ended, and the row an error."""
     max_errors: ShareOrNumber | None = None
     """The most rows that may have an error, as a share (`0.01`, `1%`) or a number (`20`), before the job fails; by

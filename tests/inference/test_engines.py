@@ -179,7 +179,7 @@ def test_what_comes_again_is_answered_from_memory_as_long_as_it_reaches() -> Non
         asked.append(text)
         return Output(text.upper()) if text != "bad" else Output(None, "engine: no")
 
-    engine = RememberingEngine(cast(Engine, Pretender(shout)), most_characters=24)
+    engine = RememberingEngine(cast(Engine, Pretender(shout)), most_bytes=24 + 4 * 600)
     assert [output.text for output in decode(engine, ["one", "two", "one"])] == ["ONE", "TWO", "ONE"]
     assert decode(engine, ["two", "bad"])[0].text == "TWO" and asked == ["one", "two", "bad"]
     decode(engine, ["bad"], TO_GERMAN)
@@ -296,8 +296,13 @@ def test_a_model_made_elsewhere_needs_no_card(model_directory: Path, tmp_path: P
     directory = copy_of(model_directory, tmp_path / "foreign")
     (directory / "raylm.json").unlink()
     foreign = ModelInfo.load(str(directory))
-    assert prompt_for(foreign, SUMMARIZE).token is None and prompt_for(foreign, TRANSLATE).token is None
-    assert prompt_for(foreign, TRANSLATE, "de") == TO_GERMAN, "its tokenizer happens to know the language"
+    assert prompt_for(foreign, SUMMARIZE).token is None
+    for language in ("de", "deu", "DE"):
+        assert prompt_for(foreign, TRANSLATE, language).token == ">>de<<", "its tokenizer happens to know the language"
+    with pytest.raises(ArtifactError, match="say --to; its languages: de, fr"):
+        prompt_for(foreign, TRANSLATE)
+    with pytest.raises(ArtifactError, match="cannot translate to 'zh'; its languages: de, fr"):
+        prompt_for(foreign, TRANSLATE, "zh")
     assert foreign.max_source_tokens == 64, "as its tokenizer says"
     assert foreign.max_target_tokens == foreign.max_positions == 1_024
     [output] = decode(load_engine(foreign, FLOAT), ["Find Text"])

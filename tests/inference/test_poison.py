@@ -90,9 +90,8 @@ from raylm.storage import Manifest, StoragePath
 place = StoragePath(sys.argv[1])
 tries = Tries.note_one(place)
 if not tries.is_careful:
-    watchdog.start(0.5, Tries.mark(place))
-    re.match("(a+)+$", "a" * 60 + "b")
-watchdog.stop()
+    with watchdog.watching(0.5, Tries.mark(place)):
+        re.match("(a+)+$", "a" * 60 + "b")
 print(tries)
 """
 

@@ -9,18 +9,20 @@ from raylm.inference.answers import Output
 from raylm.inference.engines import Engine
 from raylm.inference.prompts import Fields, Prompt
 
-_MOST_CHARACTERS = 20_000_000
+_MOST_BYTES = 64_000_000
 """Of all rows and answers that are remembered."""
+_ENTRY_BYTES = 600
+"""Of the objects around a row and its answer."""
 _LONGEST = 1_000
-"""Characters of a row; a longer one hardly comes again."""
+"""Characters of a row and its answer together; longer ones hardly come again."""
 
 
 class RememberingEngine:
     """An engine that answers equal rows once, as long as its memory reaches. For one thread."""
 
-    def __init__(self, engine: Engine, most_characters: int = _MOST_CHARACTERS) -> None:
+    def __init__(self, engine: Engine, most_bytes: int = _MOST_BYTES) -> None:
         self.model = engine.model
-        self._engine, self._left = engine, most_characters
+        self._engine, self._left = engine, most_bytes
         self._outputs: OrderedDict[tuple[Prompt, Fields], Output] = OrderedDict()
 
     def decode(self, rows: Sequence[Fields], prompt: Prompt) -> list[Output]:
@@ -46,14 +48,14 @@ class RememberingEngine:
         return self._engine.room(prompt)
 
     def _remember(self, key: tuple[Prompt, Fields], output: Output) -> None:
-        size = _characters(key, output)
-        if output.error is not None or size > _LONGEST:
+        characters = _characters(key, output)
+        if output.error is not None or characters > _LONGEST:
             return
         self._outputs[key] = output
-        self._left -= size
+        self._left -= characters + _ENTRY_BYTES
         while self._left < 0:
             oldest, dropped = self._outputs.popitem(last=False)
-            self._left += _characters(oldest, dropped)
+            self._left += _characters(oldest, dropped) + _ENTRY_BYTES
 
 
 def _characters(key: tuple[Prompt, Fields], output: Output) -> int:

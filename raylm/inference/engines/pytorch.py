@@ -153,6 +153,7 @@ class GenerationEngine:
         options: dict[str, Any] = {
             "max_new_tokens": self._max_target + (target_code is not None),
             "max_length": None,
+            "min_length": 0,  # whatever the model's own config says
             "min_new_tokens": settings.min_output_tokens or None,
             "num_beams": settings.beam_size,
             "length_penalty": settings.length_penalty,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from raylm.errors import ArtifactError, first_line
+from raylm.inference import watchdog
 from raylm.inference.answers import Output
 from raylm.inference.engines.tokenizer import INVALID_UNICODE, Tokenizer
 from raylm.inference.model import ModelInfo
 from raylm.inference.prompts import Fields, Prompt
 from raylm.settings import DecodeSettings
+from raylm.storage import fingerprint
 
 _ROWS_AT_ONCE = 256
 _DTYPES = {"auto": "auto", "float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
@@ -35,15 +39,34 @@ class VllmEngine:
             self._model = vllm.LLM(**load_arguments(model, settings, gpus))
         except (OSError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"model {model.where}: vLLM cannot load it: {first_line(error)}") from error
-        self._sampling = vllm.SamplingParams(**sampling_arguments(settings, max_target, self._tokenizer.ends))
+        self._sampling = partial(vllm.SamplingParams, **sampling_arguments(settings, max_target, self._tokenizer.ends))
+        self._lock = threading.Lock()
+        """vLLM gives whoever asks what has been finished, whoever asked for it."""
 
     def decode(self, rows: Sequence[Fields], prompt: Prompt) -> list[Output]:
-        """As `CTranslateEngine.decode`; vLLM batches by itself. A row's drawn answer depends on the seed alone."""
+        """As `CTranslateEngine.decode`; vLLM batches by itself.
+
+        What is drawn depends on the seed, the row and its place among those asked about together.
+        """
         self._tokenizer.frame(prompt)
         encoded = [self._tokenizer.encode(prompt, row, self._max_source) for row in rows]
-        asked = [{"prompt_token_ids": row[0]} for row in encoded if row is not None]
-        finished = iter(self._model.generate(asked, self._sampling, use_tqdm=False))
-        return [Output(None, INVALID_UNICODE) if row is None else self._output(row, next(finished)) for row in encoded]
+        asked = [row[0] for row in encoded if row is not None]
+        finished: list[Any] = []
+        with self._lock:
+            for start in range(0, len(asked), _ROWS_AT_ONCE):
+                part = asked[start : start + _ROWS_AT_ONCE]
+                sampling = [self._sampling(seed=self._seed(ids, start + n)) for n, ids in enumerate(part)]
+                requests = [{"prompt_token_ids": ids} for ids in part]
+                finished += self._model.generate(requests, sampling, use_tqdm=False)
+                watchdog.beat()
+        answers = iter(finished)
+        return [Output(None, INVALID_UNICODE) if row is None else self._output(row, next(answers)) for row in encoded]
+
+    def _seed(self, ids: list[int], number: int) -> int | None:
+        """Of a row's draws; None where nothing is drawn. Equal rows have answers of their own."""
+        if not self.settings.temperature:
+            return None
+        return int(fingerprint([self.settings.seed, ids, number])[:8], 16)
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text, without what a prompt puts around it."""
@@ -79,7 +102,7 @@ def load_arguments(model: ModelInfo, settings: DecodeSettings, gpus: int) -> dic
         "model": str(model.directory),
         "dtype": _DTYPES[settings.compute_type],
         "tensor_parallel_size": gpus,
-        "max_model_len": model.max_positions,
+        "max_model_len": sum(model.limits(settings)),  # the cache of keys and values has to hold one such row
         "seed": settings.seed,
         "enable_prefix_caching": True,
         "disable_log_stats": True,
@@ -103,7 +126,6 @@ def sampling_arguments(settings: DecodeSettings, max_tokens: int, ends: Sequence
         "top_k": settings.top_k,
         "top_p": settings.top_p,
         "repetition_penalty": settings.repetition_penalty,
-        "seed": settings.seed if settings.temperature else None,
         "stop_token_ids": list(ends),
         "logprobs": 0 if settings.scores else None,
         "detokenize": False,
