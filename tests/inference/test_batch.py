@@ -224,6 +224,11 @@ def test_answers_are_checked_before_they_are_published(
         run("other", 60)
     assert not (tmp_path / "t.translated.parquet").exists()
     manifest = run("same", 60)
+    assert run("same", 50) == manifest, "it holds this as well"
+    with pytest.raises(RaylmError, match=r"min_chrf is 100; nothing is published"):
+        run("same", 100)
+    with pytest.raises(RaylmError, match=r"was done without this batch\.check; do it again with --overwrite"):
+        run("other", 10)
     assert manifest.metrics["checked_chrf"] > 60 and manifest.metrics["checked_rows"] == 100
     assert manifest.metrics["chunks_reused"] == manifest.metrics["chunks"], "what was answered is not asked again"
 
@@ -435,6 +440,39 @@ def test_workers_that_die_before_any_row_end_the_job(tmp_path: Path) -> None:
         Tries.note_one(place)
     with pytest.raises(RaylmError, match="6 workers died before they came to a row"):
         Tries.note_one(place)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_finished_job_is_held_to_what_is_asked_for_now(
+    tmp_path: Path, model_directory: Path, sentences: list[str]
+) -> None:
+    pq.write_table(pa.table({"text": [*sentences[:38], None, None]}), tmp_path / "t.parquet")
+
+    def run(**batch: Any) -> Manifest:
+        settings = Settings.model_validate({"batch": {"workers": 1, **batch}})
+        return run_batch(settings, TRANSLATE, str(tmp_path / "t.parquet"), model=str(model_directory))
+
+    assert run().counts["errors"] == 2
+    assert run(max_errors=2).counts["errors"] == run(max_errors="5%").counts["errors"] == 2
+    with pytest.raises(RaylmError, match="2 of 40 rows have an error, batch.max_errors allows 1 rows"):
+        run(max_errors=1)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_half_an_emoji_is_the_error_of_its_row(tmp_path: Path, model_directory: Path) -> None:
+    lines = [json.dumps({"text": text}) for text in ("Open it.", "Hello there. \ud83d", "Close it.")]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    manifest = run_batch(ONE_WORKER, TRANSLATE, str(tmp_path / "t.jsonl"), model=str(model_directory))
+    rows = [json.loads(line) for line in (tmp_path / "t.translated.jsonl").read_text().splitlines()]
+    assert [row["error"] for row in rows] == [None, "text is not valid Unicode", None]
+    assert manifest.counts["errors"] == 1
+
+
+def test_a_column_for_nothing_is_refused(tmp_path: Path, model_directory: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "t.parquet")
+    with pytest.raises(RaylmError, match="a column is named for body, but the prompt reads text"):
+        run_batch(ONE_WORKER, TRANSLATE, str(tmp_path / "t.parquet"), model=str(model_directory),
+                  columns={"body": "text"}, connect=never)  # fmt: skip
 
 
 def test_careful_answers_are_the_same(tmp_path: Path) -> None:

@@ -75,6 +75,31 @@ def test_answers_fill_the_gaps_and_are_fuzzy(catalog: Path) -> None:
     assert 'msgid "Open the file"\nmsgstr ""' in half, "a row with an error stays a gap"
 
 
+@pytest.mark.parametrize(
+    ("plural", "expected"),
+    [
+        ("nplurals=1; plural=0;", ["%d files"]),
+        ("nplurals=2; plural=(n != 1);", ["%d file", "%d files"]),
+        ("nplurals=2; plural=(n > 1);", ["%d files", "%d files"]),  # French says none like one
+        (
+            "nplurals=3; plural=(n%10==1 && n%100!=11 ? 0 : n%10>=2 && n%10<=4 && (n%100<12 || n%100>14) ? 1 : 2);",
+            ["%d files", "%d files", "%d files"],  # the first says 21 as well
+        ),
+    ],
+)
+def test_the_singular_is_asked_for_where_a_form_says_one_alone(
+    tmp_path: Path, plural: str, expected: list[str]
+) -> None:
+    header = f'msgid ""\nmsgstr ""\n"Content-Type: text/plain; charset=utf-8\\n"\n"Plural-Forms: {plural}\\n"\n\n'
+    (tmp_path / "x.po").write_text(header + 'msgid "%d file"\nmsgid_plural "%d files"\nmsgstr[0] ""\n')
+    assert [row["text"] for row in untranslated(StoragePath(str(tmp_path / "x.po")))] == expected
+
+
+def test_only_the_first_rows_may_be_answered(catalog: Path) -> None:
+    written = filled(StoragePath(str(catalog)), ["Datei öffnen"]).decode()
+    assert "Datei öffnen" in written and 'msgstr[1] ""' in written
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_catalog_is_translated(catalog: Path, model_directory: Path, tmp_path: Path) -> None:
     settings = Settings.model_validate({"batch": {"workers": 1}})
