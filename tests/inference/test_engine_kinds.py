@@ -111,9 +111,12 @@ def test_what_vllm_is_told(llama: ModelInfo) -> None:
         "enable_prefix_caching": True, "disable_log_stats": True,
     }  # fmt: skip
     told = vllm_engine.sampling_arguments(settings, 99, [2])
-    assert (told["temperature"], told["top_p"], told["top_k"], told["seed"]) == (0.7, 0.9, 40, 3)
+    assert (told["temperature"], told["top_p"], told["top_k"]) == (0.7, 0.9, 40)
     assert (told["max_tokens"], told["stop_token_ids"], told["logprobs"]) == (99, [2], 0)
-    assert vllm_engine.sampling_arguments(DecodeSettings(), 5, [2])["seed"] is None, "nothing is drawn"
+    assert vllm_engine.row_seed(DecodeSettings(), [5, 6], 0) is None, "nothing is drawn"
+    seeds = [vllm_engine.row_seed(settings, [5, 6], number) for number in (0, 1, 0)]
+    assert seeds[0] == seeds[2] != seeds[1], "equal rows have answers of their own, the same each time"
+    assert vllm_engine.row_seed(settings.model_copy(update={"seed": 4}), [5, 6], 0) != seeds[0]
     with pytest.raises(ArtifactError, match="vLLM has neither beam_size > 1 nor no_repeat_ngram_size"):
         vllm_engine.sampling_arguments(DecodeSettings(beam_size=4), 5, [2])
     with pytest.raises(ArtifactError, match="vLLM computes in auto, float32, float16, bfloat16; found 'int8'"):

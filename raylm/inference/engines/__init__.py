@@ -9,11 +9,11 @@ from typing import Literal, Protocol
 
 from raylm.errors import ArtifactError
 from raylm.inference.answers import Output
+from raylm.inference.engines.text import Device
 from raylm.inference.model import ModelInfo
 from raylm.inference.prompts import Fields, Prompt
 from raylm.settings import DecodeSettings
 
-Device = Literal["cpu", "cuda"]
 EngineName = Literal["ctranslate2", "vllm", "transformers"]
 
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from raylm.errors import ArtifactError
 from raylm.inference.answers import Output
 from raylm.inference.convert import converted_model
 from raylm.inference.engines.batching import Source, in_batches
-from raylm.inference.engines.tokenizer import INVALID_UNICODE, Tokenizer
+from raylm.inference.engines.text import Device, TextEngine
 from raylm.inference.model import ModelInfo
 from raylm.inference.prompts import Fields, Prompt
 from raylm.settings import DecodeSettings
-
-Device = Literal["cpu", "cuda"]
 
 
 def compute_type_for(settings: DecodeSettings, device: Device) -> str:
@@ -35,7 +33,7 @@ def compute_type_for(settings: DecodeSettings, device: Device) -> str:
     return compute_type
 
 
-class CTranslateEngine:
+class CTranslateEngine(TextEngine):
     """A loaded encoder-decoder or decoder.
 
     :param device: where it computes.
@@ -46,9 +44,8 @@ class CTranslateEngine:
     def __init__(self, model: ModelInfo, settings: DecodeSettings, device: Device = "cpu", threads: int = 1) -> None:
         import ctranslate2
 
-        self.model, self.settings = model, settings
+        super().__init__(model, settings)
         compute_type = compute_type_for(settings, device)
-        self._tokenizer = Tokenizer(model)
         if settings.temperature:
             ctranslate2.set_random_seed(settings.seed)
         loaded = ctranslate2.Generator if model.kind == "decoder" else ctranslate2.Translator
@@ -59,7 +56,6 @@ class CTranslateEngine:
             inter_threads=1,
             intra_threads=threads,
         )
-        self._max_source, self._max_target = model.limits(settings)
 
     def decode(self, rows: Sequence[Fields], prompt: Prompt) -> list[Output]:
         """The output of each row, in the order of the rows; equal rows are decoded once, unless answers are drawn.
@@ -69,21 +65,10 @@ class CTranslateEngine:
 
         :raises ArtifactError: the model's vocabulary lacks a token of the prompt.
         """
-        self._tokenizer.frame(prompt)
-
-        def encode(fields: Fields) -> tuple[list[int], bool] | Output:
-            return self._tokenizer.encode(prompt, fields, self._max_source) or Output(None, INVALID_UNICODE)
-
         run = self._write_on if self.model.kind == "decoder" else partial(self._translate, prompt.target_code)
-        return in_batches(rows, encode, run, self.settings.batch_tokens, distinct=not self.settings.temperature)
-
-    def count_tokens(self, text: str) -> int:
-        """Tokens of a text, without what a prompt puts around it."""
-        return self._tokenizer.count(text)
-
-    def room(self, prompt: Prompt) -> int:
-        """The most tokens of a text that a prompt leaves room for."""
-        return self._max_source - self._tokenizer.around(prompt)
+        return in_batches(
+            rows, self._encoder(prompt), run, self.settings.batch_tokens, distinct=not self.settings.temperature
+        )
 
     def _translate(self, target_code: str | None, batch: list[Source]) -> list[Output]:
         results = self._model.translate_batch(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raylm.errors import ArtifactError, first_line
 from raylm.inference.answers import Output
 from raylm.inference.engines.batching import Source, in_batches
-from raylm.inference.engines.tokenizer import INVALID_UNICODE, Tokenizer
+from raylm.inference.engines.text import Device, TextEngine
 from raylm.inference.model import ModelInfo
 from raylm.inference.prompts import Fields, Prompt
 from raylm.settings import DecodeSettings
@@ -20,7 +20,6 @@ from raylm.storage import fingerprint
 if TYPE_CHECKING:
     import torch
 
-Device = Literal["cpu", "cuda"]
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -59,31 +58,17 @@ def load_for_inference(model: ModelInfo, settings: DecodeSettings, device: Devic
     return loaded.eval().to(device)
 
 
-class ClassifierEngine:
+class ClassifierEngine(TextEngine):
     """A loaded model that gives a text one of its labels. What is learned to give several gives the likeliest."""
 
     def __init__(self, model: ModelInfo, settings: DecodeSettings, device: Device = "cpu", threads: int = 1) -> None:
-        self.model, self.settings = model, settings
-        self._tokenizer = Tokenizer(model)
+        super().__init__(model, settings)
         self._model = load_for_inference(model, settings, device, threads)
         self._labels = [str(self._model.config.id2label[number]) for number in range(self._model.config.num_labels)]
-        self._max_source, _ = model.limits(settings)
 
     def decode(self, rows: Sequence[Fields], prompt: Prompt) -> list[Output]:
         """The likeliest label of each row with its probability, in the order of the rows; see `in_batches`."""
-
-        def encode(fields: Fields) -> tuple[list[int], bool] | Output:
-            return self._tokenizer.encode(prompt, fields, self._max_source) or Output(None, INVALID_UNICODE)
-
-        return in_batches(rows, encode, self._label, self.settings.batch_tokens)
-
-    def count_tokens(self, text: str) -> int:
-        """Tokens of a text, without those around it."""
-        return self._tokenizer.count(text)
-
-    def room(self, prompt: Prompt) -> int:
-        """The most tokens of a text that a prompt leaves room for."""
-        return self._max_source - self._tokenizer.around(prompt)
+        return in_batches(rows, self._encoder(prompt), self._label, self.settings.batch_tokens)
 
     def _label(self, batch: list[Source]) -> list[Output]:
         import torch
@@ -101,36 +86,23 @@ class ClassifierEngine:
         ]
 
 
-class GenerationEngine:
+class GenerationEngine(TextEngine):
     """A loaded encoder-decoder or decoder, decoded by `generate` of transformers."""
 
     def __init__(self, model: ModelInfo, settings: DecodeSettings, device: Device = "cpu", threads: int = 1) -> None:
-        self.model, self.settings = model, settings
-        self._tokenizer = Tokenizer(model)
+        super().__init__(model, settings)
         self._model = load_for_inference(model, settings, device, threads)
         self._is_decoder = model.kind == "decoder"
         self._pad = self._model.config.pad_token_id
         if self._pad is None:
             self._pad = self._tokenizer.ends[0]
-        self._max_source, self._max_target = model.limits(settings)
 
     def decode(self, rows: Sequence[Fields], prompt: Prompt) -> list[Output]:
         """As `CTranslateEngine.decode`. What is drawn depends on the seed and on the rows of a batch alone."""
-        self._tokenizer.frame(prompt)
-
-        def encode(fields: Fields) -> tuple[list[int], bool] | Output:
-            return self._tokenizer.encode(prompt, fields, self._max_source) or Output(None, INVALID_UNICODE)
-
         run = partial(self._generate, prompt.target_code)
-        return in_batches(rows, encode, run, self.settings.batch_tokens, distinct=not self.settings.temperature)
-
-    def count_tokens(self, text: str) -> int:
-        """Tokens of a text, without what a prompt puts around it."""
-        return self._tokenizer.count(text)
-
-    def room(self, prompt: Prompt) -> int:
-        """The most tokens of a text that a prompt leaves room for."""
-        return self._max_source - self._tokenizer.around(prompt)
+        return in_batches(
+            rows, self._encoder(prompt), run, self.settings.batch_tokens, distinct=not self.settings.temperature
+        )
 
     def _generate(self, target_code: str | None, batch: list[Source]) -> list[Output]:
         import torch

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from raylm.errors import ArtifactError
 from raylm.inference import watchdog
 from raylm.inference.answers import Output
-from raylm.inference.engines.pytorch import Device, load_for_inference
+from raylm.inference.engines.pytorch import load_for_inference
+from raylm.inference.engines.text import Device
 from raylm.inference.model import ModelInfo
 from raylm.inference.prompts import Fields, Prompt
 from raylm.settings import DecodeSettings

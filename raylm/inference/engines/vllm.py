@@ -10,7 +10,8 @@ from typing import Any
 from raylm.errors import ArtifactError, first_line
 from raylm.inference import watchdog
 from raylm.inference.answers import Output
-from raylm.inference.engines.tokenizer import INVALID_UNICODE, Tokenizer
+from raylm.inference.engines.text import TextEngine
+from raylm.inference.engines.tokenizer import INVALID_UNICODE
 from raylm.inference.model import ModelInfo
 from raylm.inference.prompts import Fields, Prompt
 from raylm.settings import DecodeSettings
@@ -20,7 +21,7 @@ _ROWS_AT_ONCE = 256
 _DTYPES = {"auto": "auto", "float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
 
 
-class VllmEngine:
+class VllmEngine(TextEngine):
     """A loaded decoder.
 
     :param gpus: over which its layers' matrices are split.
@@ -32,14 +33,14 @@ class VllmEngine:
             import vllm
         except ImportError as error:
             raise ArtifactError("decode.engine: vllm is not installed: pip install 'raylm[vllm]'") from error
-        self.model, self.settings = model, settings
-        self._tokenizer = Tokenizer(model)
-        self._max_source, max_target = model.limits(settings)
+        super().__init__(model, settings)
         try:
             self._model = vllm.LLM(**load_arguments(model, settings, gpus))
         except (OSError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"model {model.where}: vLLM cannot load it: {first_line(error)}") from error
-        self._sampling = partial(vllm.SamplingParams, **sampling_arguments(settings, max_target, self._tokenizer.ends))
+        self._sampling = partial(
+            vllm.SamplingParams, **sampling_arguments(settings, self._max_target, self._tokenizer.ends)
+        )
         self._lock = threading.Lock()
         """vLLM gives whoever asks what has been finished, whoever asked for it."""
 
@@ -55,26 +56,12 @@ class VllmEngine:
         with self._lock:
             for start in range(0, len(asked), _ROWS_AT_ONCE):
                 part = asked[start : start + _ROWS_AT_ONCE]
-                sampling = [self._sampling(seed=self._seed(ids, start + n)) for n, ids in enumerate(part)]
+                sampling = [self._sampling(seed=row_seed(self.settings, ids, start + n)) for n, ids in enumerate(part)]
                 requests = [{"prompt_token_ids": ids} for ids in part]
                 finished += self._model.generate(requests, sampling, use_tqdm=False)
                 watchdog.beat()
         answers = iter(finished)
         return [Output(None, INVALID_UNICODE) if row is None else self._output(row, next(answers)) for row in encoded]
-
-    def _seed(self, ids: list[int], number: int) -> int | None:
-        """Of a row's draws; None where nothing is drawn. Equal rows have answers of their own."""
-        if not self.settings.temperature:
-            return None
-        return int(fingerprint([self.settings.seed, ids, number])[:8], 16)
-
-    def count_tokens(self, text: str) -> int:
-        """Tokens of a text, without what a prompt puts around it."""
-        return self._tokenizer.count(text)
-
-    def room(self, prompt: Prompt) -> int:
-        """The most tokens of a text that a prompt leaves room for."""
-        return self._max_source - self._tokenizer.around(prompt)
 
     def _output(self, row: tuple[list[int], bool], request: Any) -> Output:
         ids, was_cut = row
@@ -130,3 +117,13 @@ def sampling_arguments(settings: DecodeSettings, max_tokens: int, ends: Sequence
         "logprobs": 0 if settings.scores else None,
         "detokenize": False,
     }
+
+
+def row_seed(settings: DecodeSettings, ids: Sequence[int], number: int) -> int | None:
+    """The seed of a row's draws; None where nothing is drawn. Equal rows have answers of their own.
+
+    :param number: of the row among those that are asked about together.
+    """
+    if not settings.temperature:
+        return None
+    return int(fingerprint([settings.seed, list(ids), number])[:8], 16)
