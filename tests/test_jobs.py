@@ -40,7 +40,8 @@ def test_a_job_is_a_short_runnable_script_with_its_command(job: Path) -> None:
 
 def test_every_stage_has_its_job() -> None:
     assert {job.stem for job in JOBS} == {
-        "prepare", "pretrain", "finetune", "evaluate", "export", "batch_translate", "batch_summarize", "serve",
+        "prepare", "pretrain", "finetune", "evaluate", "export", "serve",
+        "batch_translate", "batch_summarize", "batch_generate", "batch_classify", "batch_answer",
     }  # fmt: skip
 
 
