@@ -57,6 +57,12 @@ class Progress:
         self._done = self._skipped = done
         self._start = time.monotonic()
 
+    def predicted_s(self, done: float) -> float | None:
+        """How long this run will have taken at its end, told when `done` units are; None where nobody knows."""
+        seconds = time.monotonic() - self._start
+        speed = (done - self._skipped) / max(seconds, 1e-6)
+        return seconds + (self._total - done) / speed if speed > 0 and self._total else None
+
     def line(self, final: bool = False) -> str:
         """The progress as one line of text."""
         seconds = max(time.monotonic() - self._start, 1e-6)

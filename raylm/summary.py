@@ -114,6 +114,8 @@ def manifest_facts(manifest: Manifest) -> list[tuple[str, str]]:
             ("errors", f"{counts['errors']:,}" + f": {reasons}" * bool(reasons)),
             ("speed", f"{metrics['rows_per_s']:,.1f} rows/s, {metrics['output_tokens_per_s']:,.0f} tokens/s"),
         ]
+        if (price := metrics.get("cost")) is not None:
+            facts.append(("cost", f"{price:,.2f}"))
         if reused := metrics.get("chunks_reused"):
             facts.append(("reused", f"{reused:,} of {_counted(metrics['chunks'], 'chunk')}"))
         return facts

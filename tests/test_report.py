@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +20,7 @@ from raylm.plots import MOST_POINTS, points, thinned
 from raylm.report import Bar, funnel, languages, lengths, reasons, write_report
 from raylm.storage import Manifest, StoragePath
 from raylm.summary import course_facts, manifest_table, percent, quickstart_summary, size
+from tests.browser import in_browser
 
 HOSTILE = "<script>alert('x')</script> & \"q\""
 
@@ -469,20 +469,9 @@ def test_a_root_without_artifacts_is_an_error_that_says_what_to_run(tmp_path: Pa
     assert not (root / "report.html").exists()
 
 
-def in_browser(page: Path, profile: Path, *options: str) -> str:
-    """The document that Chromium makes of a page, as HTML."""
-    browser = shutil.which("chromium")
-    if not browser:
-        pytest.skip("needs chromium on PATH")
-    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    quiet += f" --disable-component-update --disable-sync --dump-dom --user-data-dir={profile}"
-    command = [browser, *quiet.split(), *options, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-
-
 def test_page_in_a_browser(storage: Path, tmp_path: Path) -> None:
     page = page_of(storage)[1]
-    seen = Page(in_browser(storage / "report.html", tmp_path / "profile"))
+    seen = Page(in_browser((storage / "report.html").as_uri(), tmp_path))
     assert seen.tags.count("svg") == 6
     assert seen.tags.count("path") > 20
     assert seen.tags.count("tr") == page.tags.count("tr")  # the browser had to repair no table
@@ -498,7 +487,7 @@ def test_page_fits_a_narrow_screen(storage: Path, tmp_path: Path) -> None:
         "document.title = 'as wide as ' + f.contentDocument.documentElement.scrollWidth</script>"
     )
     options = ("--allow-file-access-from-files", "--hide-scrollbars")
-    assert "<title>as wide as 400</title>" in in_browser(frame, tmp_path / "profile", *options)
+    assert "<title>as wide as 400</title>" in in_browser(frame.as_uri(), tmp_path, *options)
 
 
 # --------------------------------------------------------------------------------------- the terminal

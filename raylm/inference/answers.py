@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
+from raylm.errors import RaylmError, first_line
 from raylm.inference.markers import are_kept, around_markers, split_keeping_markers
 from raylm.inference.prompts import Fields, Prompt
 from raylm.sentences import Segments, split_text
@@ -36,13 +37,19 @@ class Output:
 
 
 class Decoder(Protocol):
-    """What answers single texts: an engine."""
+    """What answers single texts: an engine, or one that remembers answers."""
 
-    def decode(self, rows: Sequence[Fields], prompt: Prompt) -> list[Output]: ...
+    def decode(self, rows: Sequence[Fields], prompt: Prompt) -> list[Output]:
+        """One output for each row, in the order of the rows; a row that fails has an error of its own."""
+        ...
 
-    def count_tokens(self, text: str) -> int: ...
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text, without what a prompt puts around it."""
+        ...
 
-    def room(self, prompt: Prompt) -> int: ...
+    def room(self, prompt: Prompt) -> int:
+        """The most tokens of a text that a prompt leaves room for."""
+        ...
 
 
 Answer = Callable[[Sequence[Row], Prompt], list[Output]]
@@ -68,6 +75,18 @@ def answer_rows(engine: Decoder, rows: Sequence[Row], prompt: Prompt) -> list[Ou
         answered = [_trimmed(output) for output in engine.decode(asked, prompt)] if asked else []
     outputs = iter(answered)
     return [Output(None, problem) if problem else next(outputs) for problem in problems]
+
+
+def answer_each(answer: Answer, rows: Sequence[Row], prompt: Prompt) -> list[Output]:
+    """The outputs of rows; where something fails that nobody foresaw, it is the error of its row alone."""
+    try:
+        return answer(rows, prompt)
+    except RaylmError:
+        raise
+    except Exception as error:
+        if len(rows) == 1:
+            return [Output(None, f"failed: {type(error).__name__}: {first_line(error)}")]
+        return [output for row in rows for output in answer_each(answer, [row], prompt)]
 
 
 def _problem(row: Row) -> str | None:

@@ -6,32 +6,28 @@ done, plan its chunks, answer those that are not done, put the parts together, w
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, Literal
-
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from raylm import errors
 from raylm.errors import RaylmError, SettingsError
 from raylm.inference.check import check_answers, check_references, check_score
 from raylm.inference.chunks import Chunk, Job, job_key, plan_job, read_part
 from raylm.inference.claim import LOCK, claimed_output, finished_manifest, output_files, output_place
+from raylm.inference.engines import check_engine
 from raylm.inference.estimate import estimate
-from raylm.inference.io import InputFile, format_of, list_inputs, read_fields
+from raylm.inference.io import list_inputs
 from raylm.inference.model import ModelInfo, absolute
-from raylm.inference.output import write_output
 from raylm.inference.prompts import prompt_for
+from raylm.inference.results import assemble
 from raylm.inference.workers import REQUESTS, answer_on_actors, answer_through_service, plan_workers
+from raylm.prices import cost, hourly_price
 from raylm.progress import Progress
 from raylm.settings import BatchSettings, Settings, model_directory
 from raylm.settings.section import is_within, limit_text
-from raylm.storage import MANIFEST, Manifest, Stopwatch, StoragePath
+from raylm.storage import MANIFEST, Manifest, Stopwatch
 from raylm.tasks import Task
-
-_SAMPLES = 3
 
 
 def run_batch(
@@ -73,17 +69,19 @@ def run_batch(
     files = list_inputs(input)
     target = output_place(input, files, task, output)
     columns = dict(columns or {})
-    ask_service = None
+    wording = to, source_language, settings.batch.prompt, settings.batch.system
+    service = None
     decode = settings.batch.decode
     if through == "serve":
         if connect:
             connect()
-        from raylm.inference.serve import connect_to_service  # imports Ray, whose environment `connect` may set
+        from raylm.inference.service.client import ServiceClient  # imports Ray, whose environment `connect` may set
 
-        info, decode, ask_service = connect_to_service(model)
+        service = ServiceClient.connect(model)
+        info, decode, prompt = service.model, service.decode, service.prompt_for(task, *wording)
     else:
         info = ModelInfo.load(model or absolute(model_directory(settings)))
-    prompt = prompt_for(info, task, to, source_language, settings.batch.prompt, settings.batch.system)
+        prompt = prompt_for(info, task, *wording)
     asked = {"prompt": asdict(prompt) | {"fields": list(prompt.fields)}, "columns": columns, "limit": limit}
     key = job_key(files, info.fingerprint, decode, asked)
     if dry_run:
@@ -103,18 +101,23 @@ def run_batch(
         if batch.check:
             check_references(job, batch.check)
         left = job.unfinished()
-        workers = 0
+        workers: int | tuple[int, int] = 0
+        price = None
         done: Iterator[dict[str, Any]] = iter(())
-        if left and ask_service:
-            workers, done = REQUESTS, answer_through_service(job, left, ask_service)
+        if left and service:
+            workers, done = REQUESTS, answer_through_service(job, left, service.answer)
         elif left:
             if connect:
                 connect()
-            workers, device = plan_workers(batch.workers, len(left))
-            done = answer_on_actors(job, left, info.uri, decode, workers, device)
-        _follow(job, left, done, batch.max_errors)
+            bounds, device = plan_workers(batch.workers, len(left))
+            check_engine(info, decode, device)
+            workers = bounds[0] if bounds[0] == bounds[1] else bounds
+            done = answer_on_actors(job, left, info.uri, decode, bounds, device)
+        if left:
+            price = hourly_price(settings.prices)
+        _follow(job, left, done, batch.max_errors, price)
         checked = check_answers(job, batch.check) if batch.check else {}
-        manifest = _assemble(job, files, output_files(target, files, input), work)
+        manifest = assemble(job, files, output_files(target, files, input), work)
         manifest.settings = {
             "key": key,
             **asked,
@@ -128,7 +131,7 @@ def run_batch(
             "through": through,
             "workers": workers,
         }
-        _add_speed(manifest, job, left, watch)
+        _add_speed(manifest, job, left, watch, price)
         manifest.metrics |= checked
         manifest.write(work)
         for place, _ in work.list():
@@ -137,9 +140,16 @@ def run_batch(
     return manifest
 
 
-def _follow(job: Job, left: list[Chunk], done: Iterator[dict[str, Any]], max_errors: float | int | None) -> None:
+def _follow(
+    job: Job,
+    left: list[Chunk],
+    done: Iterator[dict[str, Any]],
+    max_errors: float | int | None,
+    price: float | None,
+) -> None:
     """Show how the chunks are getting done, until all are.
 
+    :param price: of the cluster for an hour, where it is known.
     :raises RaylmError: a worker cannot go on, or more rows have an error than may.
     """
     undone = set(left)
@@ -160,8 +170,12 @@ def _follow(job: Job, left: list[Chunk], done: Iterator[dict[str, Any]], max_err
             tokens += counts["output_tokens"]
             _check_errors(stage, failed, job.rows, counts["first_error"] or first, max_errors)
             first = counts["first_error"] or first
-            speed = tokens / max(watch.elapsed_s, 1e-3)
-            progress.update(rows, f"{speed:,.0f} tokens/s" + (f"  {failed:,} errors" if failed else ""))
+            told = [f"{tokens / max(watch.elapsed_s, 1e-3):,.0f} tokens/s"]
+            if failed:
+                told.append(f"{failed:,} errors")
+            if price is not None and (whole_s := progress.predicted_s(rows)):
+                told.append(f"{cost(price, whole_s):,.2f} predicted cost")
+            progress.update(rows, "  ".join(told))
 
 
 def _check_finished(manifest: Manifest, settings: BatchSettings) -> None:
@@ -192,89 +206,7 @@ def _failures(job: Job, chunk: Chunk) -> int:
     return int(part.num_rows - part["error"].null_count)
 
 
-# ------------------------------------------------------------------------------------------ assembling
-
-
-def _assemble(job: Job, files: list[InputFile], places: list[StoragePath], work: StoragePath) -> Manifest:
-    """What the manifest says of the outputs, each published whole, streamed from its input and its parts.
-
-    :raises OutputError: a place is read-only or full; whatever was there before stays.
-    """
-    old = Manifest.read(work)
-    (work / MANIFEST).delete()
-    counts: Counter[str] = Counter(rows=0, answered=0, errors=0, truncated=0)
-    reasons: Counter[str] = Counter()
-    quality: Counter[str] = Counter()
-    tokens: Counter[str] = Counter(source_tokens=0, output_tokens=0)
-    outputs = []
-    for number, (table, place) in enumerate(zip(job.tables, places, strict=True)):
-        chunks = [chunk for chunk in job.chunks if chunk.file == number]
-        rows = sum(chunk.rows for chunk in chunks)
-        write_output(table, rows, _answers(job, chunks, counts, reasons, quality, tokens), place, format_of(place.name))
-        outputs.append({"path": str(place), "rows": rows, "bytes": place.info().size})
-    kept = {output["path"] for output in outputs}
-    for output in old.outputs if old else []:
-        if output["path"] not in kept and len(places) > 1:
-            StoragePath(output["path"]).delete()
-    return Manifest(
-        stage=f"batch-{job.task.name}",
-        inputs={
-            "files": [
-                {
-                    "path": str(file.place),
-                    "rows": table.rows,
-                    "bytes": file.bytes,
-                    "fingerprint": file.identity,
-                }
-                for file, table in zip(files, job.tables, strict=True)
-            ]
-        },
-        outputs=outputs,
-        counts={**counts, "error_reasons": dict(reasons.most_common()), "quality": dict(quality.most_common())},
-        metrics=dict(tokens),
-        samples=_samples(job),
-    )
-
-
-def _answers(
-    job: Job,
-    chunks: list[Chunk],
-    counts: Counter[str],
-    reasons: Counter[str],
-    quality: Counter[str],
-    tokens: Counter[str],
-) -> Iterator[pa.RecordBatch]:
-    """The result columns of some chunks in order, counted on their way, with an empty batch before them."""
-    yield pa.record_batch([pa.array([], field.type) for field in job.results], job.results)
-    for chunk in chunks:
-        part = read_part(job, chunk)
-        errors_ = [reason for reason in part["error"].to_pylist() if reason is not None]
-        counts.update(
-            rows=part.num_rows,
-            answered=part.num_rows - len(errors_),
-            errors=len(errors_),
-            truncated=pc.sum(part["truncated"]).as_py() or 0,
-        )
-        reasons.update(reason.partition(":")[0] for reason in errors_)
-        if "quality" in part.schema.names:
-            quality.update(flag for found in part["quality"].to_pylist() if found for flag in found.split(", "))
-        for name in tokens:
-            tokens[name] += pc.sum(part[name]).as_py() or 0
-        yield part.select(job.results.names)
-
-
-def _samples(job: Job) -> list[dict[str, Any]]:
-    """The first rows that have an answer, for a person to look at."""
-    for chunk in job.chunks[:1]:
-        rows = read_fields(job.tables[chunk.file], job.columns[chunk.file], chunk.start, chunk.stop)
-        answers = read_part(job, chunk)[job.task.column].to_pylist()
-        pairs = zip(rows.values, answers, strict=True)
-        shown = [{"source": row[0], "output": answer} for row, answer in pairs if answer is not None]
-        return shown[:_SAMPLES]
-    return []
-
-
-def _add_speed(manifest: Manifest, job: Job, left: list[Chunk], watch: Stopwatch) -> None:
+def _add_speed(manifest: Manifest, job: Job, left: list[Chunk], watch: Stopwatch, price: float | None) -> None:
     seconds = max(watch.elapsed_s, 1e-3)
     rows = sum(chunk.rows for chunk in left)
     share = rows / job.rows if job.rows else 0.0
@@ -285,3 +217,5 @@ def _add_speed(manifest: Manifest, job: Job, left: list[Chunk], watch: Stopwatch
         "chunks": len(job.chunks),
         "chunks_reused": len(job.chunks) - len(left),
     }
+    if price is not None:
+        manifest.metrics["cost"] = round(cost(price, seconds), 4)

@@ -15,9 +15,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from raylm.errors import InputError, RaylmError, first_line
+from raylm.errors import InputError
 from raylm.inference import watchdog
-from raylm.inference.answers import Answer, Output, Row
+from raylm.inference.answers import Answer, Output, Row, answer_each
 from raylm.inference.io import InputFile, InputTable, check_same_columns, choose_columns, open_table, read_fields
 from raylm.inference.prompts import Prompt
 from raylm.inference.quality import flags
@@ -97,7 +97,7 @@ def job_key(files: Sequence[InputFile], model_fingerprint: str, decode: DecodeSe
         "version": RESULT_VERSION,
         "files": [(file.relative, file.identity) for file in files],
         "model": model_fingerprint,
-        "decode": decode.model_dump(),
+        "decode": decode.model_dump(exclude={"batch_tokens"}),
         **asked,
     }
     return fingerprint(facts)
@@ -178,10 +178,10 @@ def answer_chunk(job: Job, chunk: Chunk, answer: Answer, tries: Tries | None = N
     with watchdog.watching(job.row_limit_s, Tries.mark(note)) if tries else nullcontext():
         if tries and tries.is_careful:
             answers = answer_one_by_one(
-                partial(_answered, answer), rows.values, job.prompt, tries, note, job.row_limit_s
+                partial(answer_each, answer), rows.values, job.prompt, tries, note, job.row_limit_s
             )
         else:
-            answers = _answered(answer, rows.values, job.prompt)
+            answers = answer_each(answer, rows.values, job.prompt)
     outputs = [
         Output(None, problem) if problem else output for output, problem in zip(answers, rows.problems, strict=True)
     ]
@@ -205,18 +205,6 @@ def answer_chunk(job: Job, chunk: Chunk, answer: Answer, tries: Tries | None = N
         "first_error": first,
         "output_tokens": sum(output.output_tokens for output in outputs),
     }
-
-
-def _answered(answer: Answer, rows: Sequence[Row], prompt: Prompt) -> list[Output]:
-    """The outputs of rows; where something fails that nobody foresaw, it is the error of its row alone."""
-    try:
-        return answer(rows, prompt)
-    except RaylmError:
-        raise
-    except Exception as error:
-        if len(rows) == 1:
-            return [Output(None, f"failed: {type(error).__name__}: {first_line(error)}")]
-        return [output for row in rows for output in _answered(answer, [row], prompt)]
 
 
 def _quality(prompt: Prompt, row: Row, output: Output) -> str | None:

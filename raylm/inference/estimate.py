@@ -95,5 +95,6 @@ def _workers(settings: BatchSettings, chunks: int) -> int:
     import ray
 
     cpus = int(ray.cluster_resources().get("CPU", 1)) if ray.is_initialized() else os.cpu_count() or 1
-    most = cpus if settings.workers == "auto" else settings.workers
+    wanted = cpus if settings.workers == "auto" else settings.workers
+    most = wanted[1] if isinstance(wanted, tuple) else wanted
     return max(min(most, chunks), 1)

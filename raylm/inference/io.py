@@ -234,7 +234,7 @@ def read_fields(table: InputTable, columns: Sequence[str], start: int, stop: int
 
     :raises InputError: the file became unreadable.
     """
-    cells = [_cells(table, column, start, stop) for column in columns]
+    cells = _cells(table, columns, start, stop)
     if is_worded:
         kept = (str, bytes, list, dict, type(None))
         cells = [[value if isinstance(value, kept) else str(value) for value in values] for values in cells]
@@ -247,8 +247,9 @@ def read_fields(table: InputTable, columns: Sequence[str], start: int, stop: int
     return FieldRows(list(zip(*texts, strict=True)), problems)
 
 
-def _cells(table: InputTable, column: str, start: int, stop: int) -> list[Any]:
-    values: list[Any] = []
+def _cells(table: InputTable, columns: Sequence[str], start: int, stop: int) -> list[list[Any]]:
+    """The values of each column in the rows [start, stop)."""
+    cells: list[list[Any]] = [[] for _ in columns]
     if table.prepared is None:
         file = table.file
         try:
@@ -256,18 +257,21 @@ def _cells(table: InputTable, column: str, start: int, stop: int) -> list[Any]:
                 groups = _row_groups(pq.ParquetFile(stream))
             for group, first, rows in groups:
                 if first < stop and start < first + rows:
-                    cells = _column(file.uri, file.mtime_ns, group, column)
                     low, high = max(start - first, 0), min(stop - first, rows)
-                    values += _to_texts(cells.slice(low, high - low))
+                    for values, column in zip(cells, columns, strict=True):
+                        values += _to_texts(_column(file.uri, file.mtime_ns, group, column).slice(low, high - low))
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(file, error) from error
-        return values
+        return cells
     for batch in _prepared_rows(table, start, stop):
         if table.file.format == "jsonl":
-            values += [json.loads(line).get(column) for line in batch["line"].to_pylist()]
+            objects = [json.loads(line) for line in batch["line"].to_pylist()]
+            parts = [[one.get(column) for one in objects] for column in columns]
         else:
-            values += batch[column].to_pylist()
-    return values
+            parts = [batch[column].to_pylist() for column in columns]
+        for values, part in zip(cells, parts, strict=True):
+            values += part
+    return cells
 
 
 def _problem(value: Any) -> str | None:

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import pyarrow as pa
@@ -48,29 +49,30 @@ def prepare(place: StoragePath, kind: str, target: StoragePath) -> tuple[int, pa
 
 def _prepare_arrow(place: StoragePath, target: StoragePath) -> tuple[int, pa.Schema]:
     """Arrow's IPC file format, which Feather 2 is."""
-    rows = 0
     try:
         with place.open_input() as stream:
             reader = pa.ipc.open_file(stream)
-            columns = reader.schema
             batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
-            with target.writing() as sink, new_arrow_file(sink, columns) as writer:
-                for batch in equal_batches(batches, PREPARED_ROWS):
-                    writer.write_batch(batch)
-                    rows += batch.num_rows
+            return _write(batches, reader.schema, target), reader.schema
     except pa.ArrowInvalid as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{place}: not readable as an Arrow IPC file: {reason}") from error
-    return rows, columns
 
 
 def _prepare_po(place: StoragePath, target: StoragePath) -> tuple[int, pa.Schema]:
     """The messages of a gettext catalog that are to be translated."""
     table = pa.Table.from_pylist(gettext.untranslated(place), gettext.COLUMNS)
-    with target.writing() as sink, new_arrow_file(sink, table.schema) as writer:
-        for batch in equal_batches(table.to_batches(), PREPARED_ROWS):
+    return _write(table.to_batches(), table.schema, target), table.schema
+
+
+def _write(batches: Iterable[pa.RecordBatch], columns: pa.Schema, target: StoragePath) -> int:
+    """Write batches as equal ones; gives back how many rows they have."""
+    rows = 0
+    with target.writing() as sink, new_arrow_file(sink, columns) as writer:
+        for batch in equal_batches(batches, PREPARED_ROWS):
             writer.write_batch(batch)
-    return table.num_rows, table.schema
+            rows += batch.num_rows
+    return rows
 
 
 def new_arrow_file(sink: pa.NativeFile, columns: pa.Schema) -> pa.RecordBatchFileWriter:
@@ -211,8 +213,6 @@ def _prepare_csv(place: StoragePath, target: StoragePath) -> tuple[int, pa.Schem
 
     names = _header(place)
     columns = pa.schema([(name, pa.string()) for name in names])
-    rows = 0
-    marked = columns
     try:
         with place.filesystem.open_input_stream(place.path) as stream:
             reader = pcsv.open_csv(
@@ -223,16 +223,13 @@ def _prepare_csv(place: StoragePath, target: StoragePath) -> tuple[int, pa.Schem
                     column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
                 ),
             )
-            with target.writing() as sink, pa.ipc.new_file(sink, columns) as writer:
-                for batch in equal_batches(reader, PREPARED_ROWS):
-                    if not rows:
-                        marked = _mark_numbers(batch)
-                    writer.write_batch(batch)
-                    rows += batch.num_rows
+            batches = iter(reader)
+            first = list(islice(batches, 1))
+            rows = _write(chain(first, batches), columns, target)
     except pa.ArrowInvalid as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{place}: not readable as CSV: {reason}") from error
-    return rows, marked
+    return rows, _mark_numbers(first[0].slice(0, PREPARED_ROWS)) if first else columns
 
 
 def _header(place: StoragePath) -> list[str]:

@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any, Literal
 
 from raylm.errors import RaylmError, to_plain
-from raylm.inference.answers import Answer, answer_rows
+from raylm.inference.answers import Answer, Decoder, answer_rows
 from raylm.inference.chunks import Chunk, Job, answer_chunk
-from raylm.inference.engines import Engine, load_engine
+from raylm.inference.engines import load_engine
 from raylm.inference.engines.cache import RememberingEngine
 from raylm.inference.model import ModelInfo
 from raylm.inference.quarantine import Tries
@@ -33,7 +33,7 @@ class ChunkWorker:
 
     def __init__(self, job: Job, model: str, decode: DecodeSettings, device: Literal["cpu", "cuda"]) -> None:
         self._job, self._model, self._decode, self._device = job, model, decode, device
-        self._engine: Engine | None = None
+        self._engine: Decoder | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         counts: dict[str, Any] = {
@@ -53,14 +53,17 @@ class ChunkWorker:
         return {name: [value] for name, value in counts.items()}
 
 
-def plan_workers(wanted: int | Literal["auto"], chunks: int) -> tuple[int, Literal["cpu", "cuda"]]:
-    """How many engine actors, and what each computes on."""
+def plan_workers(
+    wanted: int | tuple[int, int] | Literal["auto"], chunks: int
+) -> tuple[tuple[int, int], Literal["cpu", "cuda"]]:
+    """The fewest and the most engine actors, and what each computes on."""
     import ray
 
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    most = (gpus or max(cpus, 1)) if wanted == "auto" else wanted
-    return min(most, chunks), "cuda" if gpus else "cpu"
+    number = (gpus or max(cpus, 1)) if wanted == "auto" else wanted
+    fewest, most = number if isinstance(number, tuple) else (number, number)
+    return (min(fewest, chunks), min(most, chunks)), "cuda" if gpus else "cpu"
 
 
 def answer_on_actors(
@@ -68,10 +71,13 @@ def answer_on_actors(
     left: list[Chunk],
     model: str,
     decode: DecodeSettings,
-    workers: int,
+    workers: tuple[int, int],
     device: Literal["cpu", "cuda"],
 ) -> Iterator[dict[str, Any]]:
-    """Counts of each chunk as it gets done. A killed worker is replaced, and its chunk done again."""
+    """Counts of each chunk as it gets done. A killed worker is replaced, and its chunk done again.
+
+    :param workers: the fewest and the most.
+    """
     import ray.data
     import ray.exceptions
 
@@ -85,7 +91,7 @@ def answer_on_actors(
             batch_size=1,
             batch_format="numpy",
             zero_copy_batch=True,
-            compute=ray.data.ActorPoolStrategy(size=workers),
+            compute=ray.data.ActorPoolStrategy(min_size=workers[0], max_size=workers[1]),
             fn_constructor_args=(job, model, decode, device),
             num_cpus=1,
             num_gpus=1 if device == "cuda" else None,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from raylm.settings.section import Section, ShareOrNumber
+from raylm.settings.section import Ascending, Section, ShareOrNumber
 
 
 class DecodeSettings(Section):
@@ -72,8 +72,11 @@ class BatchSettings(Section):
     """The most rows that may have an error, as a share (`0.01`, `1%`) or a number (`20`), before the job fails; by
     default it does not."""
     check: CheckSettings | None = None
-    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Engine actors; `auto`: one for each GPU, else one for each CPU, no more than there are chunks."""
+    workers: Annotated[
+        Literal["auto"] | Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], int], Ascending
+    ] = "auto"
+    """Engine actors, no more than there are chunks; `auto`: one for each GPU of the cluster as it is, else one for each
+    CPU; `[1, 16]`: more while there is work for them, for which an autoscaling cluster grows."""
 
 
 class ServeSettings(Section):
@@ -82,10 +85,35 @@ class ServeSettings(Section):
     host: str = "127.0.0.1"
     port: int = Field(default=8_000, ge=0, le=65_535)
     decode: DecodeSettings = DecodeSettings()
-    replicas: int = Field(default=1, ge=1)
-    max_batch_texts: int = Field(default=64, ge=1)
-    """The most texts of concurrent requests that are decoded together."""
+    replicas: Annotated[
+        Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]], Ascending
+    ] = 1
+    """Of the model. `[1, 4]`: as many of these as the requests keep busy; `[0, 4]`: none while nobody asks, so that the
+    first request then waits for the model to be loaded."""
+    surge: bool = True
+    """Whether an update starts new replicas before it stops old ones; false where there is no room for both, so that
+    requests wait in between."""
+    idle_s: float = Field(default=300, ge=0)
+    """How long a replica that is not needed stays."""
+    threads: int = Field(default=1, ge=1)
+    """CPUs of each replica."""
+    max_batch_tokens: int = Field(default=1_024, ge=1)
+    """The most source tokens that are decoded at once, of requests that arrive together or of a batch job: the longest
+    that one has to wait behind another."""
     batch_wait_s: float = Field(default=0.01, ge=0)
+    """How long a request waits for others to be decoded with."""
+    batch_share: float = Field(default=0.5, gt=0, le=1)
+    """The most of a replica's time that batch jobs get while people ask; after ten seconds without any, all of it."""
     max_queued_requests: int = Field(default=256, ge=1)
     """Requests beyond this wait nowhere: they are answered 429 at once."""
     max_request_texts: int = Field(default=1_024, ge=1)
+    max_request_bytes: int = Field(default=4_000_000, ge=1)
+    request_timeout_s: float = Field(default=120, gt=0)
+    """A request that is not answered by then is given up, with 504."""
+    keys: str | None = None
+    """A file of API keys, on any storage, as `raylm serve-key` writes it; without one, whoever reaches the port may
+    ask. It is read again when it changes."""
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    """Of each key that has no limit of its own."""
+    texts_per_minute: int | None = Field(default=None, ge=1)
+    """As `requests_per_minute`."""

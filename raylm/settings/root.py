@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
 from raylm.settings.corpus import CorpusSettings
 from raylm.settings.inference import BatchSettings, ServeSettings
 from raylm.settings.section import Section
@@ -13,6 +17,9 @@ class Settings(Section):
 
     storage: str = "~/raylm-storage"
     """Where artifacts live: a local directory on one machine, any pyarrow URI on a cluster."""
+    prices: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """What an hour of a machine costs, by node type, in any currency: `{head: 0.2, gpu: 1.1}`; `other` is that of all
+    the rest. Jobs then say what they will cost."""
     corpus: CorpusSettings = CorpusSettings()
     model: ModelSettings = ModelSettings()
     pretrain: PretrainSettings = PretrainSettings()

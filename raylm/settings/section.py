@@ -32,6 +32,16 @@ ShareOrNumber = Annotated[float | int, BeforeValidator(_from_percent), AfterVali
 """How many rows, as a share of all (`0.01`, `1%`) or as a number (`20`)."""
 
 
+def _ascending(value: object) -> object:
+    if isinstance(value, tuple) and value[0] > value[1]:
+        raise ValueError("the fewest and the most, such as [1, 4]")
+    return value
+
+
+Ascending = AfterValidator(_ascending)
+"""Of a value that may be a range: `[fewest, most]`."""
+
+
 def is_within(limit: float | int, rows: int, of: int) -> bool:
     """Whether so many rows of all are no more than a `ShareOrNumber` allows."""
     return rows <= (limit * of if isinstance(limit, float) else limit)

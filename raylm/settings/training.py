@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from raylm.settings.section import Section
+from raylm.settings.section import Ascending, Section
 
 
 class ModelSettings(Section):
@@ -67,7 +67,9 @@ class TrainingSettings(Section):
     optimizer's state; gradients as well; weights as well."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 where the GPU has it, else fp32."""
-    workers: Literal["auto"] | Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], int] = "auto"
+    workers: Annotated[
+        Literal["auto"] | Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], int], Ascending
+    ] = "auto"
     """`auto`: one for each GPU of the cluster, or without GPUs one for four CPUs, and four at most, which share all
     CPUs. `[1, 4]`: as many of these as there are machines for, more when some come and fewer when some go."""
     seed: int = 1
@@ -114,13 +116,6 @@ class TrainingSettings(Section):
         if self.optimizer == "muon" and isinstance(self.workers, tuple):
             raise ValueError(f"optimizer: muon needs a fixed number of workers, not {list(self.workers)}")
         return self
-
-    @field_validator("workers")
-    @classmethod
-    def _ascending(cls, value: object) -> object:
-        if isinstance(value, tuple) and value[0] > value[1]:
-            raise ValueError("the fewest and the most workers, such as [1, 4]")
-        return value
 
 
 class PretrainSettings(TrainingSettings):

@@ -22,12 +22,15 @@ CPUS = os.cpu_count() or 1
 
 
 @contextmanager
-def raylm_session(command: str | Sequence[str], settings: Mapping[str, Any], cpus: int = CPUS) -> Iterator[Session]:
+def raylm_session(
+    command: str | Sequence[str], settings: Mapping[str, Any], cpus: int = CPUS, as_json: bool = True
+) -> Iterator[Session]:
     """A command that runs, and prints its manifest as JSON at its end.
 
     :param command: its name, with arguments where it has some.
     :param settings: what stands under `metadata.raylm`.
     :param cpus: that its Ray has.
+    :param as_json: false for a command that makes no manifest.
     """
     # Ray's socket paths are limited to 107 bytes: its directory has to be near the root.
     with tempfile.TemporaryDirectory(prefix="rb-", dir="/tmp", ignore_cleanup_errors=True) as directory:
@@ -42,7 +45,7 @@ def raylm_session(command: str | Sequence[str], settings: Mapping[str, Any], cpu
             "HF_HUB_OFFLINE": "1",
         }
         words = [command] if isinstance(command, str) else command
-        line = [sys.executable, "-m", "raylm", *words, "--cluster", str(cluster), "--json"]
+        line = [sys.executable, "-m", "raylm", *words, "--cluster", str(cluster), *["--json"] * as_json]
         session = Session(line, environment, Path(directory))
         try:
             yield session

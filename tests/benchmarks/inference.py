@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks.inference`: how fast batch jobs decode, what they lose when killed, how much they hold.
+"""`python -m tests.benchmarks.inference`: how fast batch jobs and the service decode, what is lost, how much is held.
 
 A Marian of two million parameters, fine-tuned here for some minutes on real pairs, translates real sentences. The
 engines are compared on one thread by tokens per CPU second; whole jobs by wall-clock on all CPUs.
@@ -7,7 +7,9 @@ engines are compared on one thread by tokens per CPU second; whole jobs by wall-
 from __future__ import annotations
 
 import itertools
+import json
 import random
+import socket
 import statistics
 import sys
 import tempfile
@@ -18,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -41,6 +44,10 @@ _ROWS = 5_000
 _SLOW_ROWS = 1_000
 """For ways that take long; rates are compared."""
 _KILLS = 20
+_RESUMED_ROWS = 40_000
+_CLIENTS = 32
+_REQUESTS = 2_000
+_START_S = 120
 _MODELS: dict[float, Path] = {}
 _DIRECTORY = tempfile.TemporaryDirectory(prefix="raylm-benchmark-models-")
 
@@ -192,6 +199,38 @@ def measure_kills(scale: float) -> list[Row]:
     return [single(f"rows lost, doubled or misplaced after {killed} kill -9", [wrong], "rows", Goal("value", "<=", 0))]
 
 
+def measure_resume(scale: float) -> list[Row]:
+    """A job that is killed when three quarters are done, of a file with a single row group, and goes on."""
+    model, count = translator(scale), max(round(_RESUMED_ROWS * scale), 4_000)
+    settings = {"batch": {"chunk_rows": 128}}
+    with rows_of(PAIRS, "src", count) as file:
+        target = file.with_name("rows.translated.parquet")
+        arguments = ("batch-translate", str(file), "--model", model)
+        parts = target.with_name(f"{target.name}.raylm") / "parts"
+        chunks = -(-count // 128)
+        with raylm_session(arguments, settings) as session:
+            while session.running and len(list(parts.glob("*/part-*.arrow"))) < 0.75 * chunks:
+                time.sleep(0.02)
+            session.kill()
+        done = len(list(parts.glob("*/part-*.arrow")))
+        with raylm_session(arguments, settings) as session:
+            resumed = session.wait()
+        metrics = json.loads(resumed.stdout)["metrics"]
+        with raylm_session(arguments, settings) as session:
+            again = session.wait()
+    with (
+        rows_of(PAIRS, "src", (chunks - done) * 128) as rest,
+        raylm_session(("batch-translate", str(rest), "--model", model), settings) as session,
+    ):
+        alone = session.wait()
+    what = f"a job killed at {done} of {chunks} chunks: going on, beside a job of the rows that were left"
+    return [
+        single(what, [resumed.seconds / alone.seconds], "times", Goal("value", "<=", 1.2)),
+        single("chunks done again", [done - metrics["chunks_reused"]], "chunks", Goal("value", "<=", 0)),
+        single("the same command once more", [again.seconds], "s", Goal("value", "<=", 5)),
+    ]
+
+
 def measure_memory(scale: float) -> list[Row]:
     """What the largest process holds, from few rows to many."""
     model = translator(scale)
@@ -204,11 +243,71 @@ def measure_memory(scale: float) -> list[Row]:
     return [single(what, [many / few], "times", Goal("value", "<=", 1.1))]
 
 
+# --------------------------------------------------------------------------------------------- service
+
+
+@contextmanager
+def served(model: str, **serve: Any) -> Iterator[str]:
+    """The URL of a service that is ready."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    with raylm_session(("serve", "--model", model), {"serve": {"port": port} | serve}, as_json=False) as session:
+        end = time.monotonic() + _START_S
+        while not _answers(url):
+            if time.monotonic() > end or not session.running:
+                raise BenchmarkError(f"no service at {url} after {_START_S} s")
+            time.sleep(0.5)
+        yield url
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def measure_serve(scale: float) -> list[Row]:
+    """People who ask at the same time, with and without their requests being decoded together, and too many of them."""
+    model, count = translator(scale), max(round(_REQUESTS * scale), 200)
+    texts = [text for text in pq.read_table(PAIRS, columns=["src"])["src"].to_pylist() if text and text.strip()][:count]
+
+    def asked(clients: int = _CLIENTS, **serve: Any) -> dict[str, Any]:
+        with served(model, **serve) as url:
+            run_script(sys.executable, "clients.py", url=url, texts=texts[:_CLIENTS], clients=_CLIENTS)
+            return run_script(sys.executable, "clients.py", url=url, texts=texts, clients=clients)
+
+    found = interleaved({"together": asked, "alone": partial(asked, max_batch_tokens=1)})
+    runs = succeeded(found["together"])
+    crowd = asked(4 * _CLIENTS, max_queued_requests=_CLIENTS)
+    strange = sum(number for status, number in crowd["statuses"].items() if status not in ("200", "429"))
+    answered, refused = crowd["statuses"].get("200", 0), crowd["statuses"].get("429", 0)
+    overload = (
+        f"neither 200 nor 429, {4 * _CLIENTS} clients at a queue of {_CLIENTS}: {answered} of 200, {refused} of 429"
+    )
+    return [
+        beside(
+            f"requests of {_CLIENTS} clients",
+            [run["requests_per_s"] for run in runs],
+            "requests/s",
+            "each decoded alone",
+            mapped(found["alone"], lambda run: float(run["requests_per_s"])),
+            Goal("ratio", ">=", 2),
+        ),
+        single(f"the slowest of a hundred requests, {_CLIENTS} clients", [1_000 * run["p99_s"] for run in runs], "ms"),
+        single(overload, [strange], "requests", Goal("value", "<=", 0)),
+    ]
+
+
 PARTS = {
     "engines": measure_engines,
     "naive": measure_naive,
     "kills": measure_kills,
+    "resume": measure_resume,
     "memory": measure_memory,
+    "serve": measure_serve,
 }
 
 

@@ -482,3 +482,30 @@ def test_careful_answers_are_the_same(tmp_path: Path) -> None:
     place = StoragePath(str(tmp_path / "tries"))
     outputs = answer_one_by_one(answer, [("a. B",), (None,)], Prompt("translate"), Tries(), place, limit_s=60)
     assert [(output.text, output.error) for output in outputs] == [("A. B", None), (None, None)]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_pool_of_workers_grows_with_the_work(tmp_path: Path, model_directory: Path, sentences: list[str]) -> None:
+    source = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"text": [f"{text} {n}" for n, text in enumerate(sentences[:3_000])]}), source)
+    settings = Settings.model_validate({"batch": {"workers": [1, 3], "chunk_rows": 64}})
+    manifest = run_batch(settings, TRANSLATE, str(source), model=str(model_directory))
+    assert manifest.counts["answered"] == 3_000
+    assert manifest.settings["workers"] == (1, 3)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_job_says_what_it_costs(
+    tmp_path: Path, model_directory: Path, sentences: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"text": sentences[:200]}), source)
+    said: list[str] = []
+    monkeypatch.setattr("raylm.progress.Progress.update", lambda _, done, detail: said.append(detail))
+    settings = Settings.model_validate({"batch": {"workers": 1}, "prices": {"other": 7_200}})
+    manifest = run_batch(settings, TRANSLATE, str(source), model=str(model_directory))
+    assert manifest.metrics["cost"] == pytest.approx(2 * manifest.wall_time_s, rel=0.01)
+    assert float(said[-1].split()[-3]) == pytest.approx(manifest.metrics["cost"], rel=0.9)
+    assert said[-1].endswith("predicted cost")
+    unknown = Settings.model_validate({"batch": {"workers": 1}, "prices": {"gpu": 1}})
+    assert "cost" not in run_batch(unknown, TRANSLATE, str(source), model=str(model_directory), overwrite=True).metrics

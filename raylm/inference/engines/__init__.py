@@ -4,34 +4,28 @@ for the rest."""
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from typing import Literal, Protocol
 
 from raylm.errors import ArtifactError
-from raylm.inference.answers import Output
-from raylm.inference.engines.text import Device
+from raylm.inference.answers import Decoder
+from raylm.inference.engines.batching import Turn
+from raylm.inference.engines.text import Device, Listen
 from raylm.inference.model import ModelInfo
-from raylm.inference.prompts import Fields, Prompt
 from raylm.settings import DecodeSettings
 
 EngineName = Literal["ctranslate2", "vllm", "transformers"]
 
 
-class Engine(Protocol):
+class Engine(Decoder, Protocol):
     """A loaded model."""
 
     model: ModelInfo
+    settings: DecodeSettings
 
-    def decode(self, rows: Sequence[Fields], prompt: Prompt) -> list[Output]:
-        """One output for each row, in the order of the rows; a row that fails has an error of its own."""
-        ...
-
-    def count_tokens(self, text: str) -> int:
-        """Tokens of a text, without what a prompt puts around it."""
-        ...
-
-    def room(self, prompt: Prompt) -> int:
-        """The most tokens of a text that a prompt leaves room for."""
+    def view(
+        self, settings: DecodeSettings | None = None, turn: Turn | None = None, listen: Listen | None = None
+    ) -> Engine:
+        """The same loaded model for another caller; see `TextEngine.view`."""
         ...
 
 

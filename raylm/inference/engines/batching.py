@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from raylm.errors import first_line
 from raylm.inference import watchdog
 from raylm.inference.answers import Output
 from raylm.inference.prompts import Fields
+
+Turn = Callable[[], AbstractContextManager[object]]
+"""A context to be in while a batch is computed: where callers share a model, it waits until it is one's turn."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ def in_batches(
     run: Callable[[list[Source]], list[Output]],
     batch_tokens: int,
     distinct: bool = True,
+    turn: Turn = nullcontext,
 ) -> list[Output]:
     """The output of each row, in the order of the rows.
 
@@ -36,6 +41,11 @@ def in_batches(
     :param batch_tokens: padded tokens of a batch; a longer row is one alone.
     :param distinct: whether equal rows have one answer.
     """
+
+    def run_in_turn(batch: list[Source]) -> list[Output]:
+        with turn():
+            return run(batch)
+
     keys: Sequence[Hashable] = rows if distinct else range(len(rows))
     outputs: dict[Hashable, Output] = {}
     sources: list[Source] = []
@@ -47,7 +57,7 @@ def in_batches(
             sources.append(Source(key, *encoded))
     sources.sort(key=lambda source: -len(source.ids))
     for batch in _token_batches(sources, batch_tokens):
-        for source, output in zip(batch, _run_or_halve(run, batch), strict=True):
+        for source, output in zip(batch, _run_or_halve(run_in_turn, batch), strict=True):
             outputs[source.key] = output
         watchdog.beat()
     return [outputs[key] for key in keys]

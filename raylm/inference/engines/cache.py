@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from raylm.inference.answers import Output
-from raylm.inference.engines import Engine
+from raylm.inference.answers import Decoder, Output
 from raylm.inference.prompts import Fields, Prompt
 
 _MOST_BYTES = 64_000_000
@@ -20,8 +19,7 @@ _LONGEST = 1_000
 class RememberingEngine:
     """An engine that answers equal rows once, as long as its memory reaches. For one thread."""
 
-    def __init__(self, engine: Engine, most_bytes: int = _MOST_BYTES) -> None:
-        self.model = engine.model
+    def __init__(self, engine: Decoder, most_bytes: int = _MOST_BYTES) -> None:
         self._engine, self._left = engine, most_bytes
         self._outputs: OrderedDict[tuple[Prompt, Fields], Output] = OrderedDict()
 

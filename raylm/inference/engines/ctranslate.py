@@ -66,9 +66,7 @@ class CTranslateEngine(TextEngine):
         :raises ArtifactError: the model's vocabulary lacks a token of the prompt.
         """
         run = self._write_on if self.model.kind == "decoder" else partial(self._translate, prompt.target_code)
-        return in_batches(
-            rows, self._encoder(prompt), run, self.settings.batch_tokens, distinct=not self.settings.temperature
-        )
+        return in_batches(rows, self._encoder(prompt), run, self.settings.batch_tokens, self._is_distinct, self._turn)
 
     def _translate(self, target_code: str | None, batch: list[Source]) -> list[Output]:
         results = self._model.translate_batch(
@@ -77,7 +75,7 @@ class CTranslateEngine(TextEngine):
             max_input_length=0,
             max_decoding_length=self._max_target + (target_code is not None),
             min_decoding_length=self.settings.min_output_tokens,
-            **self._options,
+            **self._options(batch),
         )
         prefix = 0 if target_code is None else 1
         return self._outputs(batch, [(result.hypotheses[0][prefix:], result.scores) for result in results])
@@ -89,12 +87,11 @@ class CTranslateEngine(TextEngine):
             min_length=self.settings.min_output_tokens,
             end_token=self._tokenizer.to_tokens(self._tokenizer.ends),
             include_prompt_in_result=False,
-            **self._options,
+            **self._options(batch),
         )
         return self._outputs(batch, [(result.sequences[0], result.scores) for result in results])
 
-    @property
-    def _options(self) -> dict[str, Any]:
+    def _options(self, batch: list[Source]) -> dict[str, Any]:
         """What both kinds of model are told."""
         options: dict[str, Any] = {
             "beam_size": self.settings.beam_size,
@@ -110,6 +107,8 @@ class CTranslateEngine(TextEngine):
                 "sampling_topk": self.settings.top_k,
                 "sampling_topp": self.settings.top_p,
             }
+        if growing := self._growing(batch):
+            options["callback"] = lambda step: growing.add(step.batch_id, step.token_id)
         return options
 
     def _outputs(self, batch: list[Source], answers: list[tuple[list[str], list[float]]]) -> list[Output]:

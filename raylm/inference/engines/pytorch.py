@@ -11,7 +11,7 @@ import numpy as np
 from raylm.errors import ArtifactError, first_line
 from raylm.inference.answers import Output
 from raylm.inference.engines.batching import Source, in_batches
-from raylm.inference.engines.text import Device, TextEngine
+from raylm.inference.engines.text import Device, GrowingAnswers, TextEngine
 from raylm.inference.model import ModelInfo
 from raylm.inference.prompts import Fields, Prompt
 from raylm.settings import DecodeSettings
@@ -68,7 +68,7 @@ class ClassifierEngine(TextEngine):
 
     def decode(self, rows: Sequence[Fields], prompt: Prompt) -> list[Output]:
         """The likeliest label of each row with its probability, in the order of the rows; see `in_batches`."""
-        return in_batches(rows, self._encoder(prompt), self._label, self.settings.batch_tokens)
+        return in_batches(rows, self._encoder(prompt), self._label, self.settings.batch_tokens, turn=self._turn)
 
     def _label(self, batch: list[Source]) -> list[Output]:
         import torch
@@ -100,9 +100,7 @@ class GenerationEngine(TextEngine):
     def decode(self, rows: Sequence[Fields], prompt: Prompt) -> list[Output]:
         """As `CTranslateEngine.decode`. What is drawn depends on the seed and on the rows of a batch alone."""
         run = partial(self._generate, prompt.target_code)
-        return in_batches(
-            rows, self._encoder(prompt), run, self.settings.batch_tokens, distinct=not self.settings.temperature
-        )
+        return in_batches(rows, self._encoder(prompt), run, self.settings.batch_tokens, self._is_distinct, self._turn)
 
     def _generate(self, target_code: str | None, batch: list[Source]) -> list[Output]:
         import torch
@@ -111,7 +109,10 @@ class GenerationEngine(TextEngine):
         seed = int(fingerprint([self.settings.seed, [source.ids for source in batch]])[:15], 16)
         with torch.inference_mode(), torch.random.fork_rng():
             torch.manual_seed(seed)
-            generated = self._model.generate(input_ids=input_ids, attention_mask=mask, **self._options(target_code))
+            options = self._options(target_code)
+            if growing := self._growing(batch):
+                options["stopping_criteria"] = _listening(growing)
+            generated = self._model.generate(input_ids=input_ids, attention_mask=mask, **options)
         prompt_length = input_ids.shape[1] if self._is_decoder else 1
         rows = generated.sequences[:, prompt_length:].tolist()
         scores = self._scores(generated) if self.settings.scores else [None] * len(batch)
@@ -147,6 +148,8 @@ class GenerationEngine(TextEngine):
     def _output(self, source: Source, row: list[int], score: float | None) -> Output:
         end = next((place for place, token in enumerate(row) if token in self._tokenizer.ends), None)
         answer = row[:end]
+        while answer and answer[-1] == self._pad:  # it was told to be enough, and others of its batch went on
+            answer.pop()
         [text] = self._tokenizer.decode([answer])
         return Output(
             text=text,
@@ -170,6 +173,22 @@ class GenerationEngine(TextEngine):
         sums = tokens.masked_fill(~written | tokens.isinf(), 0.0).sum(dim=-1)
         means: list[float] = (sums / written.sum(dim=-1).clamp(min=1)).tolist()
         return means
+
+
+def _listening(growing: GrowingAnswers) -> Any:
+    """What `generate` asks after each token whether rows have enough."""
+    import torch
+    from transformers import StoppingCriteriaList
+
+    done: set[int] = set()
+
+    def ask(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:  # (B, T) -> (B,)
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            if row not in done and growing.add(row, token):
+                done.add(row)
+        return torch.tensor([row in done for row in range(len(input_ids))], device=input_ids.device)
+
+    return StoppingCriteriaList([ask])
 
 
 def _padded(

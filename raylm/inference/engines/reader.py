@@ -6,14 +6,17 @@ the answer (Devlin et al. 2019, section 4.3). transformers 5 has no pipeline for
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from raylm.errors import ArtifactError
 from raylm.inference import watchdog
 from raylm.inference.answers import Output
+from raylm.inference.engines.batching import Turn
 from raylm.inference.engines.pytorch import load_for_inference
-from raylm.inference.engines.text import Device
+from raylm.inference.engines.text import Device, Listen
 from raylm.inference.model import ModelInfo
 from raylm.inference.prompts import Fields, Prompt
 from raylm.settings import DecodeSettings
@@ -34,28 +37,49 @@ class ReaderEngine:
     """
 
     def __init__(self, model: ModelInfo, settings: DecodeSettings, device: Device = "cpu", threads: int = 1) -> None:
+        import tokenizers
+
         from raylm.models import load_tokenizer
 
-        self.model, self.settings = model, settings
+        self.model = model
+        self._turn: Turn = nullcontext
         self._tokenizer = load_tokenizer(str(model.directory))
         if not self._tokenizer.is_fast:
             raise ArtifactError(f"model {model.where}: its tokenizer has no tokenizer.json, which a reader needs")
+        # Whoever counts does so beside the thread that computes, whose calls set how the other one cuts and pads.
+        self._counter = tokenizers.Tokenizer.from_str(self._tokenizer.backend_tokenizer.to_str())
+        self._counter.no_truncation()
+        self._counter.no_padding()
         self._model = load_for_inference(model, settings, device, threads)
-        longest, _ = model.limits(settings)
-        self._window = min(longest, _MOST_WINDOW_TOKENS)
-        self._most_answer = min(settings.max_output_tokens, _MOST_ANSWER_TOKENS)
+        self._decode_by(settings)
 
     def decode(self, rows: Sequence[Fields], prompt: Prompt) -> list[Output]:
         """The answer to each (question, context) with its probability; empty where the model finds none."""
         answers: dict[Fields, Output] = {}
         for row in dict.fromkeys(rows):
-            answers[row] = self._answer(row)
+            with self._turn():
+                answers[row] = self._answer(row)
             watchdog.beat()
         return [answers[row] for row in rows]
 
+    def view(
+        self, settings: DecodeSettings | None = None, turn: Turn | None = None, listen: Listen | None = None
+    ) -> ReaderEngine:
+        """As `TextEngine.view`; an answer that is marked does not grow, so that nothing is heard of it."""
+        view = copy.copy(self)
+        if settings is not None:
+            view._decode_by(settings)
+        view._turn = turn or self._turn
+        return view
+
+    def _decode_by(self, settings: DecodeSettings) -> None:
+        self.settings = settings
+        self._window = min(self.model.limits(settings)[0], _MOST_WINDOW_TOKENS)
+        self._most_answer = min(settings.max_output_tokens, _MOST_ANSWER_TOKENS)
+
     def count_tokens(self, text: str) -> int:
         """Tokens of a text, without those around it."""
-        return len(self._tokenizer(text, add_special_tokens=False).input_ids)
+        return len(self._counter.encode(text, add_special_tokens=False).ids)
 
     def room(self, prompt: Prompt) -> int:
         """The tokens of a window; a longer context has several."""
@@ -86,15 +110,13 @@ class ReaderEngine:
         names = [name for name in self._tokenizer.model_input_names if name in windows]
         starts, ends = self._logits({name: windows[name] for name in names})  # (W, T)
         real = windows["attention_mask"].bool()
-        outside = ~in_context
         # Spans of all windows compete; each begins and ends in the same one.
         start_p = starts.masked_fill(~real, -torch.inf).flatten().softmax(0).view_as(starts)
         end_p = ends.masked_fill(~real, -torch.inf).flatten().softmax(0).view_as(ends)
         none_p = float((start_p[:, 0] * end_p[:, 0]).max())  # both at [CLS]
-        spans = start_p.masked_fill(outside, 0.0).unsqueeze(2) * end_p.masked_fill(outside, 0.0).unsqueeze(1)
-        spans = spans.triu().tril(self._most_answer - 1)  # (W, start, end)
-        window, start, end = (int(n) for n in torch.unravel_index(spans.argmax(), spans.shape))
-        score = float(spans[window, start, end])
+        score, window, start, end = self._best_span(
+            start_p.masked_fill(~in_context, 0.0), end_p.masked_fill(~in_context, 0.0)
+        )
         text = "" if none_p > score else context[int(offsets[window, start, 0]) : int(offsets[window, end, 1])]
         return Output(
             text=text,
@@ -103,6 +125,19 @@ class ReaderEngine:
             output_tokens=self.count_tokens(text),
             score=max(score, none_p),
         )
+
+    def _best_span(self, starts: torch.Tensor, ends: torch.Tensor) -> tuple[float, int, int, int]:
+        """The likeliest span from its ends' probabilities, (W, T) each: its own, its window, first and last token."""
+        best = (-1.0, 0, 0, 0)
+        width = starts.shape[1]
+        for length in range(min(self._most_answer, width)):
+            spans = starts[:, : width - length] * ends[:, length:]  # (W, T - length)
+            place = int(spans.argmax())
+            score = float(spans.flatten()[place])
+            if score > best[0]:
+                window, start = divmod(place, width - length)
+                best = (score, window, start, start + length)
+        return best
 
     def _logits(self, windows: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         import torch

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from raylm.errors import ArtifactError, first_line
 from raylm.inference import watchdog
 from raylm.inference.answers import Output
-from raylm.inference.engines.text import TextEngine
+from raylm.inference.engines.text import Listen, TextEngine
 from raylm.inference.engines.tokenizer import INVALID_UNICODE
 from raylm.inference.model import ModelInfo
 from raylm.inference.prompts import Fields, Prompt
@@ -38,9 +37,8 @@ class VllmEngine(TextEngine):
             self._model = vllm.LLM(**load_arguments(model, settings, gpus))
         except (OSError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"model {model.where}: vLLM cannot load it: {first_line(error)}") from error
-        self._sampling = partial(
-            vllm.SamplingParams, **sampling_arguments(settings, self._max_target, self._tokenizer.ends)
-        )
+        self._sampling_params = vllm.SamplingParams
+        self._sampling({})  # refuses now what cannot be
         self._lock = threading.Lock()
         """vLLM gives whoever asks what has been finished, whoever asked for it."""
 
@@ -53,15 +51,44 @@ class VllmEngine(TextEngine):
         encoded = [self._tokenizer.encode(prompt, row, self._max_source) for row in rows]
         asked = [row[0] for row in encoded if row is not None]
         finished: list[Any] = []
-        with self._lock:
-            for start in range(0, len(asked), _ROWS_AT_ONCE):
-                part = asked[start : start + _ROWS_AT_ONCE]
-                sampling = [self._sampling(seed=row_seed(self.settings, ids, start + n)) for n, ids in enumerate(part)]
-                requests = [{"prompt_token_ids": ids} for ids in part]
-                finished += self._model.generate(requests, sampling, use_tqdm=False)
-                watchdog.beat()
+        for start in range(0, len(asked), _ROWS_AT_ONCE):
+            part = asked[start : start + _ROWS_AT_ONCE]
+            seeds = [row_seed(self.settings, ids, start + number) for number, ids in enumerate(part)]
+            sampling = [self._sampling({"seed": seed}) for seed in seeds]
+            with self._turn(), self._lock:
+                if self._listen is None:
+                    requests = [{"prompt_token_ids": ids} for ids in part]
+                    finished += self._model.generate(requests, sampling, use_tqdm=False)
+                else:
+                    numbers = [number for number, row in enumerate(encoded) if row is not None]
+                    finished += self._heard(part, sampling, numbers[start:], self._listen)
+            watchdog.beat()
         answers = iter(finished)
         return [Output(None, INVALID_UNICODE) if row is None else self._output(row, next(answers)) for row in encoded]
+
+    def _sampling(self, more: dict[str, Any]) -> Any:
+        return self._sampling_params(
+            **sampling_arguments(self.settings, self._max_target, self._tokenizer.ends), **more
+        )
+
+    def _heard(self, part: list[list[int]], sampling: list[Any], numbers: list[int], listen: Listen) -> list[Any]:
+        """What `generate` gives, step by step.
+
+        :param numbers: of the rows, as the listener knows them.
+        """
+        engine = self._model.llm_engine
+        for name, (ids, params) in enumerate(zip(part, sampling, strict=True)):
+            engine.add_request(str(name), {"prompt_token_ids": ids}, params)
+        found: dict[int, Any] = {}
+        while engine.has_unfinished_requests():
+            for request in engine.step():
+                name = int(request.request_id)
+                found[name] = request
+                written = [token for token in request.outputs[0].token_ids if token not in self._tokenizer.ends]
+                [text] = self._tokenizer.decode([written])
+                if not text.endswith("\ufffd") and listen(numbers[name], text) and not request.finished:
+                    engine.abort_request([request.request_id])
+        return [found[name] for name in range(len(part))]
 
     def _output(self, row: tuple[list[int], bool], request: Any) -> Output:
         ids, was_cut = row

@@ -6,6 +6,7 @@ The model, its weights and its batches are those that raylm would train with; se
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -51,8 +52,9 @@ def deepspeed_steps(model: nn.Module, batches: list[Any], settings: Any, world_s
 
 
 def work(rank: int, asked: dict[str, Any], meeting: str) -> None:
-    torch.set_num_threads(1)
     world_size = asked["workers"]
+    torch.set_num_threads(max((os.cpu_count() or 1) // world_size, 1))
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
     kind = FinetuneSettings if asked["section"] == "finetune" else PretrainSettings
     settings = kind.model_validate(asked["settings"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import os
 import shutil
 import signal
 import socket
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,9 +24,10 @@ from raylm.inference.batch import run_batch
 from raylm.inference.engines import Engine, load_engine
 from raylm.inference.model import ModelInfo
 from raylm.inference.prompts import Prompt
-from raylm.inference.serve import start_service, stop_service, wait_for_signal
+from raylm.inference.service.start import start_service, stop_service, wait_for_signal
 from raylm.settings import Settings
 from raylm.tasks import TRANSLATE
+from tests.browser import live_page
 
 SETTINGS = Settings.model_validate(
     {
@@ -34,17 +37,19 @@ SETTINGS = Settings.model_validate(
             "max_request_texts": 50,
             "max_queued_requests": 12,
             "batch_wait_s": 0.02,
+            "max_request_bytes": 100_000,
         },
         "batch": {"workers": 1, "chunk_rows": 32, "decode": {"compute_type": "float32"}},
     }
 )
 LONG = "word " * 200
+DONE = "document.getElementById('answer').dataset.done"
 TO_GERMAN = Prompt("translate", token=">>de<<")
 
 
 @pytest.fixture(scope="module")
 def service(ray_cluster: None, model_directory: Path) -> Iterator[str]:
-    yield start_service(SETTINGS, str(model_directory))
+    yield start_service(SETTINGS.serve, str(model_directory))
     stop_service()
 
 
@@ -74,18 +79,18 @@ def test_a_taken_port_is_named(ray_cluster: None, model_directory: Path) -> None
         port = taken.getsockname()[1]
         settings = Settings.model_validate({"serve": {"port": port}})
         with pytest.raises(RaylmError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
-            start_service(settings, str(model_directory))
+            start_service(settings.serve, str(model_directory))
 
 
 def test_a_model_that_is_none_is_told_before_anything_starts(ray_cluster: None, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no such directory"):
-        start_service(SETTINGS, str(tmp_path / "absent"))
+        start_service(SETTINGS.serve, str(tmp_path / "absent"))
 
 
 def test_a_compute_type_that_the_cpu_lacks_is_told_at_once(ray_cluster: None, model_directory: Path) -> None:
     settings = Settings.model_validate({"serve": {"port": 0, "decode": {"compute_type": "float16"}}})
     with pytest.raises(ArtifactError, match="cannot compute in 'float16'"):
-        start_service(settings, str(model_directory))
+        start_service(settings.serve, str(model_directory))
 
 
 def test_one_text_and_several_are_answered(service: str, engine: Engine, sentences: list[str]) -> None:
@@ -142,9 +147,51 @@ def test_requests_past_the_queue_are_sent_away_at_once(service: str) -> None:
     assert post(service, "translate", text="Find").status_code == 200, "and later ones are welcome again"
 
 
+def test_a_request_that_is_too_large_is_refused_before_it_is_read(service: str) -> None:
+    answer = post(service, "translate", text="word " * 30_000)
+    assert answer.status_code == 413 and "100,000 bytes" in answer.json()["detail"]
+    parts = (b'{"text": "', *(b"word " * 10_000 for _ in range(10)), b'"}')  # without a length in front
+    answer = httpx.post(f"{service}/v1/translate", content=iter(parts), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 413
+
+
 def test_health_and_readiness(service: str, engine: Engine) -> None:
     assert httpx.get(f"{service}/healthz").json() == {"status": "ok"}
-    assert httpx.get(f"{service}/readyz").json()["fingerprint"] == engine.model.fingerprint
+    ready = httpx.get(f"{service}/readyz")
+    assert ready.status_code == 200
+    assert ready.json() == {"status": "ready", "model": "tiny", "fingerprint": engine.model.fingerprint}
+
+
+def test_a_second_service_is_refused(service: str, model_directory: Path) -> None:
+    with pytest.raises(RaylmError, match="runs on this cluster already; `raylm serve --update`"):
+        start_service(SETTINGS.serve, str(model_directory))
+    assert post(service, "translate", text="Find").status_code == 200
+
+
+def test_the_routes_are_described(service: str) -> None:
+    paths = httpx.get(f"{service}/openapi.json").json()["paths"]
+    assert {f"/v1/{task}" for task in ("translate", "summarize", "generate", "classify", "answer")} < paths.keys()
+    assert "swagger" in httpx.get(f"{service}/docs").text
+
+
+def test_the_page_translates(service: str, engine: Engine, tmp_path: Path) -> None:
+    asked = urllib.parse.urlencode({"task": "translate", "text": "Find <the> file", "go": 1})
+    with live_page(f"{service}/?{asked}", tmp_path) as page:
+        seen = page.wait(DONE)
+    [wanted] = answered(engine, ["Find <the> file"])
+    assert wanted and html.escape(wanted, quote=False) in seen
+    assert 'data-done="yes"' in seen and ">tiny<" in seen
+    assert "curl " in seen and f"{service}/v1/translate" in seen
+
+
+def test_the_page_says_what_is_wrong(service: str, tmp_path: Path) -> None:
+    asked = urllib.parse.urlencode({"task": "translate", "text": "Find", "to": "zz", "go": 1})
+    with live_page(f"{service}/?{asked}", tmp_path) as page:
+        seen = page.wait(DONE)
+        page.evaluate("document.getElementById('to').value = 'de'; document.getElementById('go').click()")
+        mended = page.wait("!document.querySelector('.bad') && document.getElementById('note').textContent")
+    assert ">Find<" not in seen and " s</span>" in mended
+    assert 'class="bad"' in seen and "cannot translate to 'zz'" in seen
 
 
 def test_a_batch_job_through_the_service_gives_what_actors_give(
@@ -160,12 +207,12 @@ def test_a_batch_job_through_the_service_gives_what_actors_give(
     assert served.settings["through"] == "serve"
 
 
-def test_online_requests_do_not_wait_for_batch_jobs(service: str, sentences: list[str]) -> None:
+def test_online_requests_do_not_wait_for_batch_jobs(service: str, engine: Engine, sentences: list[str]) -> None:
     from ray import serve
 
-    handle = serve.get_app_handle("raylm")
+    handle = serve.get_deployment_handle("model", "raylm")
     rows = [[(f"{text} {n} {text}",) for text in sentences[:1_500]] for n in range(8)]
-    bulk = [handle.answer.remote(part, TO_GERMAN) for part in rows]
+    bulk = [handle.answer.remote(part, TO_GERMAN, engine.model.fingerprint) for part in rows]
     bulk[0].result(timeout_s=60)
     assert post(service, "translate", text="Find Text").status_code == 200
     last_is_done = False

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from raylm.inference.address import forget_service, note_service, noted_service
+from raylm.inference.service.address import forget_service, note_service, noted_service
 
 
 def test_a_service_is_found_while_it_listens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,74 @@
+"""A connection to Ray for the time of a command."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from raylm.errors import RaylmError
+
+
+@contextmanager
+def ray_session(join: bool = False) -> Iterator[None]:
+    """A connection to Ray: that of `$RAY_ADDRESS`, one that `ray start` started here, or a new one of this process.
+
+    :param join: only to a running one: that of `raylm serve` on this machine, or any other.
+    :raises RaylmError: there is none to join.
+    """
+    # Ray warns of this in every process; nothing here depends on either behaviour.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    if address in (None, "local"):
+        _use_own_token()
+        # Workers that compute together all wait for the one that another process of this machine holds up.
+        os.environ.setdefault("RAY_worker_niceness", "0")
+    if join and not address:
+        from raylm.inference.service.address import noted_service
+
+        address = noted_service() or "auto"
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    except ConnectionError as error:
+        where = f"at {address}" if address != "auto" else "on this machine"
+        raise RaylmError(f"there is no running Ray {where}: {str(error).splitlines()[0]}") from error
+    _hush_ray_data()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _use_own_token() -> None:
+    """Guard a Ray of this machine's user with a token of raylm's own.
+
+    Ray would write one to ~/.ray/auth_token, readable by all, and from then on every `ray start` would ask every
+    `ray job submit` for it. Where that file is there already, or the environment says something, Ray has its way.
+    """
+    said = any(f"RAY_AUTH_{name}" in os.environ for name in ("MODE", "TOKEN", "TOKEN_PATH"))
+    if said or Path("~/.ray/auth_token").expanduser().exists():
+        return
+    token = Path("~/.cache/raylm/ray_token").expanduser()
+    if not token.exists():
+        token.parent.mkdir(parents=True, exist_ok=True)
+        with open(token, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            file.write(secrets.token_hex(32))
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+
+
+def _hush_ray_data() -> None:
+    """Keep Ray Data's progress bars and notes off the terminal: raylm shows progress of its own."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.name == "console":
+            handler.setLevel(logging.ERROR)

@@ -1,0 +1,96 @@
+"""The outputs of a job whose chunks are all done, and what its manifest says of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raylm.inference.chunks import Chunk, Job, read_part
+from raylm.inference.io import InputFile, format_of, read_fields
+from raylm.inference.output import write_output
+from raylm.storage import MANIFEST, Manifest, StoragePath
+
+_SAMPLES = 3
+
+
+class _Tally:
+    """What is counted of answers on their way to the outputs."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter(rows=0, answered=0, errors=0, truncated=0)
+        self.reasons: Counter[str] = Counter()
+        self.quality: Counter[str] = Counter()
+        self.tokens: Counter[str] = Counter(source_tokens=0, output_tokens=0)
+
+    def add(self, part: pa.RecordBatch) -> None:
+        errors = [reason for reason in part["error"].to_pylist() if reason is not None]
+        self.counts.update(
+            rows=part.num_rows,
+            answered=part.num_rows - len(errors),
+            errors=len(errors),
+            truncated=pc.sum(part["truncated"]).as_py() or 0,
+        )
+        self.reasons.update(reason.partition(":")[0] for reason in errors)
+        if "quality" in part.schema.names:
+            self.quality.update(flag for found in part["quality"].to_pylist() if found for flag in found.split(", "))
+        for name in self.tokens:
+            self.tokens[name] += pc.sum(part[name]).as_py() or 0
+
+
+def assemble(job: Job, files: list[InputFile], places: list[StoragePath], work: StoragePath) -> Manifest:
+    """What the manifest says of the outputs, each published whole, streamed from its input and its parts.
+
+    :param places: of the outputs, one for each file.
+    :param work: the job's directory, whose manifest of an earlier job names outputs that may be no more.
+    :raises OutputError: a place is read-only or full; whatever was there before stays.
+    """
+    old = Manifest.read(work)
+    (work / MANIFEST).delete()
+    tally = _Tally()
+    outputs = []
+    for number, (table, place) in enumerate(zip(job.tables, places, strict=True)):
+        chunks = [chunk for chunk in job.chunks if chunk.file == number]
+        rows = sum(chunk.rows for chunk in chunks)
+        write_output(table, rows, _answers(job, chunks, tally), place, format_of(place.name))
+        outputs.append({"path": str(place), "rows": rows, "bytes": place.info().size})
+    kept = {output["path"] for output in outputs}
+    for output in old.outputs if old else []:
+        if output["path"] not in kept and len(places) > 1:
+            StoragePath(output["path"]).delete()
+    inputs = [
+        {"path": str(file.place), "rows": table.rows, "bytes": file.bytes, "fingerprint": file.identity}
+        for file, table in zip(files, job.tables, strict=True)
+    ]
+    told = {"error_reasons": dict(tally.reasons.most_common()), "quality": dict(tally.quality.most_common())}
+    return Manifest(
+        stage=f"batch-{job.task.name}",
+        inputs={"files": inputs},
+        outputs=outputs,
+        counts={**tally.counts, **told},
+        metrics=dict(tally.tokens),
+        samples=_samples(job),
+    )
+
+
+def _answers(job: Job, chunks: list[Chunk], tally: _Tally) -> Iterator[pa.RecordBatch]:
+    """The result columns of some chunks in order, counted on their way, with an empty batch before them."""
+    yield pa.record_batch([pa.array([], field.type) for field in job.results], job.results)
+    for chunk in chunks:
+        part = read_part(job, chunk)
+        tally.add(part)
+        yield part.select(job.results.names)
+
+
+def _samples(job: Job) -> list[dict[str, Any]]:
+    """The first rows that have an answer, for a person to look at."""
+    for chunk in job.chunks[:1]:
+        rows = read_fields(job.tables[chunk.file], job.columns[chunk.file], chunk.start, chunk.stop)
+        answers = read_part(job, chunk)[job.task.column].to_pylist()
+        pairs = zip(rows.values, answers, strict=True)
+        shown = [{"source": row[0], "output": answer} for row, answer in pairs if answer is not None]
+        return shown[:_SAMPLES]
+    return []
