@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Of tests: most wait for Ray to start and stop things, so that there may be more than CPUs.
-TEST_PROCESSES ?= 3
 
 .PHONY: venv quickstart test lint format clean
 
@@ -21,7 +19,7 @@ quickstart: venv
 	$(BIN)/raylm quickstart $(ARGS)
 
 test: venv lint
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

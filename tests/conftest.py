@@ -27,11 +27,6 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("RAYLM_CLUSTER", None)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What trains takes longest and comes first, so that no process is left with it when the others have ended."""
-    items.sort(key=lambda item: "training" not in item.path.parts)
-
-
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray of this session's own, with logical CPUs to spare so that helper actors never starve."""

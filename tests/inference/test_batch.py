@@ -508,4 +508,5 @@ def test_a_job_says_what_it_costs(
     assert float(said[-1].split()[-3]) == pytest.approx(manifest.metrics["cost"], rel=0.9)
     assert said[-1].endswith("predicted cost")
     unknown = Settings.model_validate({"batch": {"workers": 1}, "prices": {"gpu": 1}})
-    assert "cost" not in run_batch(unknown, TRANSLATE, str(source), model=str(model_directory), overwrite=True).metrics
+    other = str(tmp_path / "other.parquet")
+    assert "cost" not in run_batch(unknown, TRANSLATE, str(source), model=str(model_directory), output=other).metrics
