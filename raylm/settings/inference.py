@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from raylm.settings.section import Ascending, Section, ShareOrNumber
+from raylm.settings.section import Ascending, Section, ShareOrNumber, Workers
 
 
 class DecodeSettings(Section):
@@ -72,9 +72,7 @@ class BatchSettings(Section):
     """The most rows that may have an error, as a share (`0.01`, `1%`) or a number (`20`), before the job fails; by
     default it does not."""
     check: CheckSettings | None = None
-    workers: Annotated[
-        Literal["auto"] | Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], int], Ascending
-    ] = "auto"
+    workers: Workers = "auto"
     """Engine actors, no more than there are chunks; `auto`: one for each GPU of the cluster as it is, else one for each
     CPU; `[1, 16]`: more while there is work for them, for which an autoscaling cluster grows."""
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Section(BaseModel):
@@ -40,6 +40,9 @@ def _ascending(value: object) -> object:
 
 Ascending = AfterValidator(_ascending)
 """Of a value that may be a range: `[fewest, most]`."""
+
+Workers = Annotated[Literal["auto"] | Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], int], Ascending]
+"""How many workers: as many as suit the cluster, a number, or the fewest and the most."""
 
 
 def is_within(limit: float | int, rows: int, of: int) -> bool:

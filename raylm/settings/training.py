@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from raylm.settings.section import Ascending, Section
+from raylm.settings.section import Section, Workers
 
 
 class ModelSettings(Section):
@@ -67,9 +67,7 @@ class TrainingSettings(Section):
     optimizer's state; gradients as well; weights as well."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 where the GPU has it, else fp32."""
-    workers: Annotated[
-        Literal["auto"] | Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], int], Ascending
-    ] = "auto"
+    workers: Workers = "auto"
     """`auto`: one for each GPU of the cluster, or without GPUs one for four CPUs, and four at most, which share all
     CPUs. `[1, 4]`: as many of these as there are machines for, more when some come and fewer when some go."""
     seed: int = 1

@@ -58,13 +58,10 @@ class Pieces:
         text = text.rstrip()
         if not self.is_over:
             text = text[: len(text) - max((_open_end(text, string) for string in self._stop), default=0)]
-        return self._tell(text)
+        return self.rest(text)
 
     def rest(self, text: str) -> str:
         """What is new in the finished answer."""
-        return self._tell(text)
-
-    def _tell(self, text: str) -> str:
         if not text.startswith(self.told):  # the tokenizer has read its tokens otherwise than before
             return ""
         new, self.told = text[len(self.told) :], text

@@ -83,7 +83,7 @@ class Model(Protocol):
 def build_api(model: Model, settings: ServeSettings, keys: KeyFile | None) -> FastAPI:
     """The application, with the door in front of it."""
     api = FastAPI(title="raylm", version=__version__, docs_url="/docs", redoc_url=None)
-    limits = Limits(settings)
+    limits, html = Limits(settings), _PAGE.read_text(encoding="utf-8")
     api.add_middleware(Door, settings=settings, keys=keys, limits=limits)
 
     @api.exception_handler(RequestValidationError)
@@ -193,7 +193,7 @@ def build_api(model: Model, settings: ServeSettings, keys: KeyFile | None) -> Fa
     @api.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
         """A page to try it."""
-        return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
+        return HTMLResponse(html)
 
     return api
 
