@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +48,7 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
         "train_batch_size": world_size * micro_batches,
-        "gradient_clipping": settings.gradient_clip,
+        "gradient_clipping": 0.0 if _is_plain(settings, precision) else settings.gradient_clip,
         "zero_optimization": {
             "stage": settings.zero_stage,
             "overlap_comm": False,
@@ -66,6 +68,11 @@ def deepspeed_config(
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+
+
+def _is_plain(settings: TrainingSettings, precision: str) -> bool:
+    """Whether DeepSpeed puts no optimizer of its own around torch's."""
+    return settings.zero_stage == 0 and precision == "fp32"
 
 
 def _offload(settings: TrainingSettings) -> dict[str, Any]:
@@ -154,7 +161,19 @@ def build_engine(
     engine, *_ = deepspeed.initialize(
         model=model.to(device), optimizer=optimizer, config=config, dist_init_required=False
     )
+    if engine.optimizer is optimizer:
+        # DeepSpeed would take the norm of one gradient after the other, and tell nobody.
+        optimizer.register_step_pre_hook(partial(_clip, bound=settings.gradient_clip))
+        engine.enable_backward_allreduce = engine.dp_world_size > 1
     return engine
+
+
+def _clip(optimizer: torch.optim.Optimizer, *_: Any, bound: float) -> None:
+    """Clip the gradients to a norm, and leave the norm that they had where DeepSpeed looks for it."""
+    import torch
+
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(parameters, bound or math.inf)
 
 
 def build_optimizer(model: PreTrainedModel, settings: TrainingSettings) -> torch.optim.Optimizer:

@@ -13,9 +13,8 @@ from typing import Any
 
 import yaml
 
-from tests.benchmarks.measure import Row, Session, run_benchmark
+from tests.benchmarks.measure import REPOSITORY, Row, Session, run_benchmark
 
-REPOSITORY = Path(__file__).parents[2]
 DATA = Path(os.environ.get("RAYLM_DATA", REPOSITORY.parent / "shared" / "data"))
 TEXT = DATA / "text.en.tech.train.parquet"
 CPUS = os.cpu_count() or 1

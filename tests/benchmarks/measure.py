@@ -27,6 +27,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+REPOSITORY = Path(__file__).parents[2]
 PEERS = Path(__file__).parent / "peers"
 REPEATS = 3
 _SAMPLES_PER_S = 10
@@ -230,11 +231,14 @@ def peer_python(requirements: Path = PEERS / "requirements.txt") -> Path:
 def run_script(python: Path | str, script: str, **asked: Any) -> dict[str, Any]:
     """What a script below `peers/` printed last.
 
+    :param python: the running interpreter, with which the script imports the very raylm that is measured, or another.
     :raises BenchmarkError: it failed.
     """
     with tempfile.TemporaryDirectory(prefix="raylm-peer-") as directory:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": directory, "TMPDIR": directory}
         environment.pop("PYTHONPATH", None)
+        if str(python) == sys.executable:
+            environment["PYTHONPATH"] = str(REPOSITORY)
         command = [str(python), str(PEERS / script), json.dumps(asked)]
         output = _checked(command, f"{script} failed", environment)
     return dict(json.loads(output.splitlines()[-1]))

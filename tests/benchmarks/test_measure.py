@@ -156,3 +156,11 @@ def test_a_command_that_fails_is_an_error_with_its_last_line(tmp_path: Path) -> 
     session = Session([sys.executable, "-c", "import sys; sys.exit('no room left')"], os.environ, tmp_path)
     with pytest.raises(BenchmarkError, match="exit code 1: no room left"):
         session.wait()
+
+
+def test_a_script_beside_raylm_imports_the_raylm_that_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "where.py").write_text("import json, raylm\nprint(json.dumps({'found': raylm.__file__}))\n")
+    monkeypatch.setattr(measure, "PEERS", tmp_path)
+    assert run_script(sys.executable, "where.py") == {"found": str(measure.REPOSITORY / "raylm" / "__init__.py")}

@@ -33,6 +33,9 @@ PAIRS = DATA / "translate.en-de.docs.train.parquet"
 HELD_OUT = DATA / "translate.en-de.docs.validation.parquet"
 _HELD_OUT_ROWS = 936
 _MINUTES = 20
+_PEER_RATES = (5e-4, 1e-3, 2e-3)
+"""Learning rates that Trainer is tried with, for so many steps; it then trains at the best."""
+_TRIAL_STEPS = 2_000
 _WARMUP = 20
 _KILLS = 20
 _KILLED_AT_START = 0.2
@@ -158,8 +161,9 @@ def measure_finetuning(scale: float) -> list[Row]:
         model = run_of(settings, "speed-0") / "model"
         pairs_a_step = _pairs_a_step(settings, str(model))
 
-        def trainer(sampling: str, steps: int, **asked: Any) -> dict[str, Any]:
-            training = full_settings("finetune", **_TRANSLATION, name="peer", steps=steps)
+        def trainer(sampling: str, steps: int, rate: float | None = None, **asked: Any) -> dict[str, Any]:
+            values = _TRANSLATION | ({"learning_rate": rate} if rate else {})
+            training = full_settings("finetune", **values, name="peer", steps=steps)
             return run_script(
                 sys.executable, "with_trainer.py", work="pairs", settings=training, model=str(model),
                 tokens=f"{settings['storage']}/tokens/default", cpus=CPUS, warmup=_WARMUP, batch_size=pairs_a_step,
@@ -182,28 +186,31 @@ def measure_finetuning(scale: float) -> list[Row]:
         ]
         ours_s = statistics.median(run["step_s"] for run in runs)
         peer_s = statistics.median(run["step_s"] for run in succeeded(found["sorted"]))
-        rows += _translation(settings, 60 * _MINUTES * scale, ours_s, peer_s, by_length)
+        rows += _translation(settings, scale, ours_s, peer_s, by_length)
     return rows
 
 
 def _translation(
     settings: Mapping[str, Any],
-    seconds: float,
+    scale: float,
     ours_s: float,
     peer_s: float,
     trainer: Callable[..., dict[str, Any]],
 ) -> list[Row]:
-    """How well the models translate after the same time.
+    """How well the models translate after the same time, Trainer at the best of some learning rates.
 
     :param ours_s: of a step of raylm; `peer_s` of Trainer. How many there are is to be known, for the learning rate.
     """
-    values = _TRANSLATION | {"name": "translation", "steps": round(seconds / ours_s)}
+    values = _TRANSLATION | {"name": "translation", "steps": round(60 * _MINUTES * scale / ours_s)}
     start = time.perf_counter()
     raylm("finetune", settings, **values, log_every=100, validate_every=1_000, checkpoint_every=1_000)
     took = time.perf_counter() - start  # Ray's start and all checkpoints included
     ours = raylm("evaluate", {**settings, "finetune": values})["metrics"]["translate-de"]
-    theirs = trainer(round(took / peer_s), rows=_HELD_OUT_ROWS, seconds=took)
-    peer = "Seq2SeqTrainer, group_by_length"
+    trial_steps = round(_TRIAL_STEPS * scale)
+    trials = {rate: trainer(trial_steps, rate=rate, rows=_HELD_OUT_ROWS)["chrf"] for rate in _PEER_RATES}
+    rate = max(trials, key=trials.__getitem__)
+    theirs = trainer(round(took / peer_s), rate=rate, rows=_HELD_OUT_ROWS, seconds=took)
+    peer = f"Seq2SeqTrainer, group_by_length, learning rate {rate:g}"
     what = f"of {_HELD_OUT_ROWS} held-out sentences after {took / 60:.1f} minutes"
     return [
         beside(f"chrF {what}", [ours["chrf"]], "", peer, [theirs["chrf"]], Goal("ratio", ">=", 1)),

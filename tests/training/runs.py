@@ -27,6 +27,11 @@ def losses(run: StoragePath) -> list[float]:
     return [row["loss"] for row in read_metrics(run) if "loss" in row]
 
 
+def gradient_norms(run: StoragePath) -> list[float]:
+    """The norms of the gradients, before they were clipped, that a run has logged."""
+    return [row["gradient_norm"] for row in read_metrics(run) if "gradient_norm" in row]
+
+
 def on_workers(workers: int, work: Callable[[dict[str, Any]], None], storage: Path, **config: Any) -> None:
     """Let each of a group of workers do some work, with a process group of gloo.
 

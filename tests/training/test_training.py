@@ -14,7 +14,7 @@ from raylm.training import checkpoint as checkpoints
 from raylm.training.job import TrainingJob
 from raylm.training.record import DATA
 from raylm.training.trainer import finetune, load_trained, pretrain, run_directory
-from tests.training.runs import changed, losses, train_jobs
+from tests.training.runs import changed, gradient_norms, losses, train_jobs
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,7 @@ def test_zero_stages_and_worker_counts_give_the_same_losses(small_settings: Sett
                     "steps": 10,
                     "learning_rate": 1e-3,
                     "warmup_steps": 4,
+                    "gradient_clip": 0.25,
                     "checkpoint_every": 10,
                     "verify_data": True,
                 }
@@ -58,8 +59,9 @@ def test_zero_stages_and_worker_counts_give_the_same_losses(small_settings: Sett
     for workers, group in jobs.items():
         train_jobs(workers, group, Path(root.path))
 
-    reference = losses(root / "zero0-1")
+    reference, norms = losses(root / "zero0-1"), gradient_norms(root / "zero0-1")
     assert len(reference) == 10
+    assert min(norms) > 0.25
     read = (root / "zero0-1" / DATA).read_jsonl()
     assert len({row["hash"] for row in read}) == 10
     assert reference[-1] < reference[0] - 0.05
@@ -67,6 +69,7 @@ def test_zero_stages_and_worker_counts_give_the_same_losses(small_settings: Sett
         for job in group:
             found = losses(StoragePath(job.run))
             assert found == pytest.approx(reference, abs=1e-4), f"{job.run} on {workers} workers"
+            assert gradient_norms(StoragePath(job.run)) == pytest.approx(norms, rel=1e-3), job.run
             assert (StoragePath(job.run) / DATA).read_jsonl() == read, f"{job.run} on {workers} workers"
             ends = checkpoints.checkpoints(StoragePath(job.run))[-1].validation_loss
             assert ends == pytest.approx(checkpoints.checkpoints(root / "zero0-1")[-1].validation_loss, abs=1e-4)

@@ -17,6 +17,8 @@ def test_the_config_is_one_that_deepspeed_takes(stage: int) -> None:
         4 * config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
     )
     assert config["gradient_clipping"] == 0.5
+    plain = deepspeed_config(settings, world_size=4, micro_batches=3, precision="fp32")
+    assert plain["gradient_clipping"] == (0.5 if stage else 0)  # clipped by raylm
 
 
 @pytest.mark.parametrize(
