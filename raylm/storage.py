@@ -22,7 +22,7 @@ import xxhash
 from pyarrow import fs
 
 from raylm import __version__
-from raylm.errors import ArtifactError, InputError, OutputError
+from raylm.errors import ArtifactError, InputError, OutputError, first_line
 
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
@@ -62,7 +62,10 @@ def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 @lru_cache(maxsize=256)
 def _remote_filesystem(root: str, query: str) -> tuple[fs.FileSystem, str]:
     """One client for each store: Arrow makes one, and may ask for the bucket's region, whenever it reads a URI."""
-    filesystem, path = fs.FileSystem.from_uri(f"{root}/{query}")
+    try:
+        filesystem, path = fs.FileSystem.from_uri(f"{root}/{query}")
+    except (OSError, ValueError, NotImplementedError) as error:  # Arrow's own errors are of these kinds
+        raise ArtifactError(f"{_SECRETS.sub('', root)}: cannot be reached: {first_line(error)}") from error
     return filesystem, path
 
 
@@ -99,7 +102,8 @@ class StoragePath:
 
     @property
     def is_local(self) -> bool:
-        return isinstance(self.filesystem, fs.LocalFileSystem)
+        """Whether it is on the disk of this machine; known without asking any store."""
+        return "://" not in self.uri or self.uri.startswith("file:")
 
     @property
     def _parts(self) -> tuple[str, str]:

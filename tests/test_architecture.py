@@ -18,7 +18,7 @@ FLOORS = [
     {"tasks", "models", "metrics", "sentences", "language"},
     {"summary", "plots"},
     {"corpus", "training", "inference", "report"},
-    {"quickstart"},
+    {"quickstart", "cluster"},
     {"cli"},
     {"__main__"},
 ]

@@ -28,6 +28,7 @@ from raylm.settings.loading import (
     json_schema,
     load,
     packaged_cluster_file,
+    problems,
     with_options,
 )
 from raylm.settings.root import Settings, model_directory
@@ -72,5 +73,6 @@ __all__ = [
     "load",
     "model_directory",
     "packaged_cluster_file",
+    "problems",
     "with_options",
 ]

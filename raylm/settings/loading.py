@@ -7,13 +7,16 @@ import difflib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
 
 from raylm.errors import SettingsError
 from raylm.settings.root import Settings
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml")
 """Where `ray up` leaves the whole cluster file on the head node."""
@@ -132,17 +135,33 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def problems(values: object) -> Iterator[tuple[tuple[int | str, ...], str, str]]:
+    """All that is wrong with what stands under `metadata.raylm`: where, why, and what would be right."""
+    try:
+        Settings.model_validate(values)
+    except ValidationError as error:
+        for found in error.errors():
+            yield found["loc"], *_told(found)
+
+
 def _validate(values: dict[str, Any], origin: str) -> Settings:
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
+        why, remedy = _told(first)
         if first["type"] == "extra_forbidden":
-            nearest = _nearest_key(first["loc"])
-            hint = f"; did you mean '{nearest}'?" if nearest else ""
-            raise SettingsError(f"{origin}: unknown key '{path}'{hint}") from None
-        raise SettingsError(f"{origin}: {path}: {first['msg']}, found {first['input']!r}") from None
+            raise SettingsError(f"{origin}: {why} '{path}'" + (f"; {remedy}" if remedy else "")) from None
+        raise SettingsError(f"{origin}: {path}: {remedy}, {why}") from None
+
+
+def _told(error: ErrorDetails) -> tuple[str, str]:
+    """What was found, and what would be right."""
+    if error["type"] != "extra_forbidden":
+        return f"found {error['input']!r}", error["msg"]
+    nearest = _nearest_key(error["loc"])
+    return "unknown key", f"did you mean '{nearest}'?" if nearest else ""
 
 
 def _nearest_key(location: tuple[int | str, ...]) -> str | None:

@@ -1,0 +1,1 @@
+"""What stands around the stages: cluster files checked before anything is started."""
