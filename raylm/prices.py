@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from raylm.capacity import NODE_TYPE
+
 OTHER = "other"
 """Names the price of machines whose node type has none of its own."""
-_NODE_TYPE = "ray.io/node-group"
 
 
 def hourly_price(prices: Mapping[str, float]) -> float | None:
-    """An hour of all the machines that are up now, in the currency of the prices; None where one has no price.
-
-    Ray knows a machine's type by the label `ray.io/node-group`, which it sets from `RAY_NODE_TYPE_NAME`.
-    """
+    """An hour of all the machines that are up now, in the currency of the prices; None where one has no price."""
     if not prices:
         return None
     import ray
@@ -21,7 +19,7 @@ def hourly_price(prices: Mapping[str, float]) -> float | None:
     total = 0.0
     for node in ray.nodes():
         if node["Alive"]:
-            price = prices.get((node.get("Labels") or {}).get(_NODE_TYPE, OTHER), prices.get(OTHER))
+            price = prices.get((node.get("Labels") or {}).get(NODE_TYPE, OTHER), prices.get(OTHER))
             if price is None:
                 return None
             total += price

@@ -1,4 +1,4 @@
-"""`raylm cluster …`: cluster files looked at before anything is launched."""
+"""`raylm cluster …`: cluster files looked at before anything is launched; `raylm submit`: jobs on a running one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
+
+from raylm.cli.options import with_settings
+from raylm.settings import Settings
 
 
 @click.group()
@@ -50,3 +53,37 @@ def plan(file: Path, as_json: bool) -> None:
         click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
     else:
         click.echo(plan_table(jobs))
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.option("--address", help="Of the dashboard. Default: $RAY_API_SERVER_ADDRESS, else this machine's.")
+@with_settings
+def submit(settings: Settings, script: str, arguments: tuple[str, ...], address: str | None) -> None:
+    """Run a script of jobs/ on a running cluster, and follow it to its end.
+
+    A second call with the same words joins the job that runs. Options of this command stand before the script.
+    """
+    from raylm.cluster import jobs
+
+    def echo(text: str) -> None:
+        click.echo(text, nl=False)
+
+    client = jobs.connect(address)
+    ended = jobs.submit(client, script, arguments, settings.job, echo, lambda text: click.echo(text, err=True))
+    sys.exit(ended.exit_code)
+
+
+@click.command()
+@click.argument("submission_id")
+@click.option("--address", help="Of the dashboard. Default: $RAY_API_SERVER_ADDRESS, else this machine's.")
+def logs(submission_id: str, address: str | None) -> None:
+    """Give out what a job prints, from its beginning to its end."""
+    from raylm.cluster import jobs
+
+    client = jobs.connect(address)
+    ended = jobs.follow(
+        client, submission_id, lambda text: click.echo(text, nl=False), lambda text: click.echo(text, err=True)
+    )
+    sys.exit(ended.exit_code)

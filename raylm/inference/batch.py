@@ -109,7 +109,7 @@ def run_batch(
         elif left:
             if connect:
                 connect()
-            bounds, device = plan_workers(batch.workers, len(left))
+            bounds, device = plan_workers(batch.workers, len(left), settings.topology)
             check_engine(info, decode, device)
             workers = bounds[0] if bounds[0] == bounds[1] else bounds
             done = answer_on_actors(job, left, info.uri, decode, bounds, device)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
+from raylm.capacity import machines
 from raylm.errors import RaylmError, to_plain
 from raylm.inference.answers import Answer, Decoder, answer_rows
 from raylm.inference.chunks import Chunk, Job, answer_chunk
@@ -16,7 +17,7 @@ from raylm.inference.engines import load_engine
 from raylm.inference.engines.cache import RememberingEngine
 from raylm.inference.model import ModelInfo
 from raylm.inference.quarantine import Tries
-from raylm.settings import DecodeSettings
+from raylm.settings import DecodeSettings, Topology
 
 _MOST_BLOCKS = 2_000
 REQUESTS = 8
@@ -54,15 +55,19 @@ class ChunkWorker:
 
 
 def plan_workers(
-    wanted: int | tuple[int, int] | Literal["auto"], chunks: int
+    wanted: int | tuple[int, int] | Literal["auto"], chunks: int, topology: Topology | None = None
 ) -> tuple[tuple[int, int], Literal["cpu", "cuda"]]:
-    """The fewest and the most engine actors, and what each computes on."""
+    """The fewest and the most engine actors, and what each computes on.
+
+    :param topology: what the cluster file lets the cluster grow to.
+    """
     import ray
 
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    number = (gpus or max(cpus, 1)) if wanted == "auto" else wanted
-    fewest, most = number if isinstance(number, tuple) else (number, number)
+    gpus, cpus = sum(machines("GPU", topology)), sum(machines("CPU", topology))
+    if wanted == "auto":
+        up = int(ray.cluster_resources().get("GPU" if gpus else "CPU", 0))
+        wanted = up or (1, max(gpus or cpus, 1))
+    fewest, most = wanted if isinstance(wanted, tuple) else (wanted, wanted)
     return (min(fewest, chunks), min(most, chunks)), "cuda" if gpus else "cpu"
 
 

@@ -4,6 +4,7 @@ A value is looked for in this order: `--set key=value`, `--with overlay.yaml` (t
 file, the default written here. Defaults live in this room alone.
 """
 
+from raylm.settings.cluster import JobSettings
 from raylm.settings.corpus import (
     CldrSource,
     CleanSettings,
@@ -33,6 +34,7 @@ from raylm.settings.loading import (
 )
 from raylm.settings.root import Settings, model_directory
 from raylm.settings.section import Section
+from raylm.settings.topology import Topology
 from raylm.settings.training import (
     EvaluateSettings,
     FinetuneSettings,
@@ -56,6 +58,7 @@ __all__ = [
     "FileSource",
     "FilterSettings",
     "FinetuneSettings",
+    "JobSettings",
     "ModelSettings",
     "PackSettings",
     "PairFileSource",
@@ -66,6 +69,7 @@ __all__ = [
     "ServeSettings",
     "Settings",
     "TokenizerSettings",
+    "Topology",
     "TrainingSettings",
     "differences",
     "find_cluster_file",

@@ -73,8 +73,9 @@ class BatchSettings(Section):
     default it does not."""
     check: CheckSettings | None = None
     workers: Workers = "auto"
-    """Engine actors, no more than there are chunks; `auto`: one for each GPU of the cluster as it is, else one for each
-    CPU; `[1, 16]`: more while there is work for them, for which an autoscaling cluster grows."""
+    """Engine actors, no more than there are chunks; `auto`: one for each GPU that is up, on clusters without GPUs one
+    for each CPU, and where none is up yet as many as may come; `[1, 16]`: more while there is work for them, for which
+    an autoscaling cluster grows."""
 
 
 class ServeSettings(Section):

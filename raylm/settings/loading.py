@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from raylm.errors import SettingsError
 from raylm.settings.root import Settings
+from raylm.settings.topology import Topology
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -68,7 +69,7 @@ def load(
     for override in overrides:
         merged = _merge(merged, _parse_override(override))
         _validate(merged, f"--set {override}")
-    return _validate(merged, str(cluster_file))
+    return _validate(merged, str(cluster_file)).on(Topology.of(document))
 
 
 def with_options(settings: Settings, section: str, options: dict[str, Any]) -> Settings:
@@ -78,7 +79,7 @@ def with_options(settings: Settings, section: str, options: dict[str, Any]) -> S
     """
     for key, value in options.items():
         values = _merge(settings.model_dump(), {section: {key: value}})
-        settings = _validate(values, f"--{key.replace('_', '-')}")
+        settings = _validate(values, f"--{key.replace('_', '-')}").on(settings.topology)
     return settings
 
 

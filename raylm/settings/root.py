@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
+from raylm.settings.cluster import JobSettings
 from raylm.settings.corpus import CorpusSettings
 from raylm.settings.inference import BatchSettings, ServeSettings
 from raylm.settings.section import Section
+from raylm.settings.topology import Topology
 from raylm.settings.training import EvaluateSettings, FinetuneSettings, ModelSettings, PretrainSettings
 
 
@@ -27,6 +29,19 @@ class Settings(Section):
     evaluate: EvaluateSettings = EvaluateSettings()
     batch: BatchSettings = BatchSettings()
     serve: ServeSettings = ServeSettings()
+    job: JobSettings = JobSettings()
+    _topology: Topology | None = PrivateAttr(default=None)
+
+    @property
+    def topology(self) -> Topology | None:
+        """The machines that the cluster file describes; no setting, and in no manifest."""
+        return self._topology
+
+    def on(self, topology: Topology | None) -> Settings:
+        """These settings for a cluster of such machines."""
+        settings = self.model_copy()
+        settings._topology = topology
+        return settings
 
 
 def model_directory(settings: Settings) -> str:

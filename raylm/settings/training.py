@@ -68,8 +68,9 @@ class TrainingSettings(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 where the GPU has it, else fp32."""
     workers: Workers = "auto"
-    """`auto`: one for each GPU of the cluster, or without GPUs one for four CPUs, and four at most, which share all
-    CPUs. `[1, 4]`: as many of these as there are machines for, more when some come and fewer when some go."""
+    """`auto`: one for each GPU that the cluster has or may get, or without GPUs one for four CPUs, and four at most,
+    which share all CPUs. `[1, 4]`: as many of these as there are machines for, more when some come and fewer when some
+    go."""
     seed: int = 1
     log_every: int = Field(default=10, ge=1)
     validate_every: int = Field(default=100, ge=1)

@@ -6,12 +6,14 @@ import math
 import os
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from raylm.capacity import machines
 from raylm.errors import RaylmError, TrainingError
 from raylm.progress import Progress
-from raylm.settings import FinetuneSettings, PretrainSettings
+from raylm.settings import FinetuneSettings, PretrainSettings, Topology
 from raylm.storage import StoragePath
 from raylm.training.control import Attention, Follower, Relay, stopping
 from raylm.training.examples import sequence_length, step_sequences
@@ -54,16 +56,16 @@ class Width:
         return self.least < self.most
 
 
-def choose_width(training: PretrainSettings | FinetuneSettings, cpus_for_data: int) -> Width:
-    """How many workers, and whether each has a GPU, from the settings and the live cluster.
+def choose_width(
+    training: PretrainSettings | FinetuneSettings, cpus_for_data: int, topology: Topology | None = None
+) -> Width:
+    """How many workers, and whether each has a GPU, from the settings and what the cluster can grow to.
 
     :param cpus_for_data: left to Ray Data, which gets none that a worker has.
+    :param topology: what the cluster file lets the cluster grow to.
     :raises TrainingError: more are wanted than there are machines for.
     """
-    import ray
-
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    gpus, cpus = sum(machines("GPU", topology)), sum(machines("CPU", topology))
     have = min(gpus, cpus - cpus_for_data) if gpus else cpus - cpus_for_data
     if training.workers == "auto":
         least = most = max(have if gpus else min(have // _CPUS_A_WORKER, _MOST_CPU_WORKERS), 1)
@@ -76,14 +78,12 @@ def choose_width(training: PretrainSettings | FinetuneSettings, cpus_for_data: i
         beside = f", {cpus_for_data} CPU of which {training.section}.stream needs" if cpus_for_data else ""
         raise TrainingError(f"{training.section}.workers is {least}, the cluster has {gpus or cpus} {kind}{beside}")
     is_elastic = least < most
-    return Width(least, most, bool(gpus), 1 if gpus or is_elastic else _cpus_each(least, cpus_for_data))
+    each = 1 if gpus or is_elastic else _cpus_each(machines("CPU", topology), least, cpus_for_data)
+    return Width(least, most, bool(gpus), each)
 
 
-def _cpus_each(workers: int, cpus_for_data: int) -> int:
+def _cpus_each(machines: Sequence[int], workers: int, cpus_for_data: int) -> int:
     """The most CPUs that each of some workers can have, all of one worker's on one machine."""
-    import ray
-
-    machines = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     cpus = max((sum(machines) - cpus_for_data) // workers, 1)
     while cpus > 1 and sum(machine // cpus for machine in machines) < workers:
         cpus -= 1

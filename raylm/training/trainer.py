@@ -160,7 +160,7 @@ def _run(
     stage = training.section
     tokens = prepared_corpus(settings)
     run = run_directory(settings, training.name)
-    width = choose_width(training, cpus_for_data=1 if stream else 0)
+    width = choose_width(training, 1 if stream else 0, settings.topology)
     fixed = _fixed(settings, training, tokens, parent, stream)
     _check_inputs(run, fixed, tokens, parent)
     check_settings(run, settings, training)

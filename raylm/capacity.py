@@ -1,0 +1,25 @@
+"""What the connected cluster can hold: the machines that are up, and those that its autoscaler may add."""
+
+from __future__ import annotations
+
+from raylm.settings import Topology
+
+NODE_TYPE = "ray.io/node-group"
+"""The label by which Ray tells a machine's node type, which it sets from `RAY_NODE_TYPE_NAME`."""
+
+
+def machines(resource: str, topology: Topology | None) -> list[int]:
+    """How much of a resource each machine has: of those that are up, or of all that may be, where those are more.
+
+    :param topology: of the cluster file that was read; it counts where the connected cluster is the one that
+        `ray up` made of it.
+    """
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    up = [int(node["Resources"].get(resource, 0)) for node in nodes]
+    types = {(node.get("Labels") or {}).get(NODE_TYPE) for node in nodes}
+    if topology is None or topology.head not in types:
+        return up
+    promised = [int(machine.get(resource, 0)) for machine in topology.machines]
+    return promised if sum(promised) > sum(up) else up

@@ -1,0 +1,33 @@
+"""The machines that a cluster file describes beside `metadata.raylm`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The machines that a cluster file lets be up at once.
+
+    :param head: the head's node type.
+    :param machines: the resources of each machine, the head's among them.
+    """
+
+    head: str
+    machines: tuple[Mapping[str, float], ...]
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Topology | None:
+        """That of a cluster file; None where it does not name the types of its machines."""
+        head, node_types = document.get("head_node_type"), document.get("available_node_types")
+        if not isinstance(head, str) or not isinstance(node_types, dict):
+            return None
+        most = int(document.get("max_workers", 0))
+        machines: list[Mapping[str, float]] = []
+        for name, node_type in node_types.items():
+            resources = node_type.get("resources") or {}
+            workers = min(int(node_type.get("max_workers", 0 if name == head else most)), most)
+            machines += [resources] * (workers + (name == head))
+        return cls(head, tuple(machines))

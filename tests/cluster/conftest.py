@@ -1,0 +1,101 @@
+"""A cluster that the tests of this room share: `ray up clusters/local.yaml`, under names and ports of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from raylm.cluster.providers.processes import NODE, ProcessNodeProvider
+
+REPOSITORY = Path(__file__).parents[2]
+LOCAL = REPOSITORY / "clusters" / "local.yaml"
+NETWORK = "127.77.1"
+TOKEN = "5" * 64
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+class Cluster:
+    """The packaged cluster file under a name, a network and ports of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.name = f"t{os.getpid()}"
+        values: dict[str, Any] = yaml.safe_load(LOCAL.read_text())
+        gcs, self.dashboard = free_port(), free_port()
+        values |= {"cluster_name": self.name, "idle_timeout_minutes": 0.1}
+        values["provider"]["network"] = NETWORK
+        for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+            values[key] = [text.replace("6379", str(gcs)) for text in values[key]]
+        values["head_start_ray_commands"][0] += f" --dashboard-port={self.dashboard}"
+        self.file = directory / "cluster.yaml"
+        self.file.write_text(yaml.safe_dump(values))
+        token = directory / ".ray" / "auth_token"
+        token.parent.mkdir()
+        token.write_text(TOKEN)
+        token.chmod(0o600)
+        self.environment = os.environ | {
+            "HOME": str(directory),
+            "RAY_AUTH_MODE": "token",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PYTHONPATH": str(REPOSITORY),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        self.environment.pop("RAY_ADDRESS", None)
+        self.provider = ProcessNodeProvider(values["provider"], self.name)
+
+    def ray(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(Path(sys.executable).parent / "ray"), *words], env=self.environment | environment,
+            cwd=self.file.parent, capture_output=True, text=True, timeout=240, check=False,
+        )  # fmt: skip
+
+    def submit(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Submit a job and wait for its end; a head that has just started has no agent for it yet."""
+        address = f"http://127.0.0.1:{self.dashboard}"
+        for _ in range(30):
+            done = self.ray("job", "submit", "--address", address, "--", *words, **environment)
+            if "No available agent" not in done.stderr:
+                break
+            time.sleep(1)
+        return done
+
+    def workers(self) -> list[str]:
+        return self.provider.non_terminated_nodes({"ray-node-type": "worker"})
+
+    def processes(self) -> list[str]:
+        """All that belongs to any machine of the cluster."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if f"/{self.name}/" in process.environ().get(NODE, ""):
+                    found.append(" ".join(process.cmdline()))
+            except psutil.Error:
+                continue
+        return found
+
+
+@pytest.fixture(scope="package")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("home"))
+    up = cluster.ray("up", "-y", "--no-config-cache", str(cluster.file))
+    assert up.returncode == 0, up.stdout + up.stderr
+    yield cluster
+    for node in cluster.provider.non_terminated_nodes({}):
+        cluster.provider.terminate_node(node)
+    shutil.rmtree(cluster.provider.directory(f"{cluster.name}-2").parent, ignore_errors=True)

@@ -1,0 +1,147 @@
+"""`raylm submit` and `raylm logs` on a running cluster, over a line that breaks."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import Cluster
+
+pytestmark = pytest.mark.slow
+
+_TALKER = """\
+import sys, time
+for number in range(int(sys.argv[1])):
+    print(f"line {number}", flush=True)
+    if number % 40 == 39:
+        time.sleep(0.5)
+"""
+
+
+class BreakingLine:
+    """A TCP line to a port that cuts every connection after so many seconds."""
+
+    def __init__(self, port: int, seconds: float) -> None:
+        self._target, self._seconds = port, seconds
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.cut = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(("127.0.0.1", self._target))
+            for one, other in ((near, far), (far, near)):
+                threading.Thread(target=self._carry, args=(one, other), daemon=True).start()
+            threading.Timer(self._seconds, self._break, (near, far)).start()
+
+    @staticmethod
+    def _carry(one: socket.socket, other: socket.socket) -> None:
+        with suppress(OSError):
+            while data := one.recv(65_536):
+                other.sendall(data)
+        for end in (one, other):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _break(self, *ends: socket.socket) -> None:
+        for end in ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+                self.cut += 1
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@contextmanager
+def breaking_line(port: int, seconds: float) -> Iterator[BreakingLine]:
+    line = BreakingLine(port, seconds)
+    try:
+        yield line
+    finally:
+        line.close()
+
+
+def start(cluster: Cluster, *words: str, port: int | None = None) -> subprocess.Popen[str]:
+    command, *rest = words
+    address = f"http://127.0.0.1:{port or cluster.dashboard}"
+    return subprocess.Popen(
+        [sys.executable, "-m", "raylm", command, "--address", address, *rest],
+        env=cluster.environment, cwd=cluster.file.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def scripts(cluster: Cluster) -> Path:
+    """Where the head runs jobs: scripts stand there, executable."""
+    directory = cluster.file.parent
+    for name, text in {
+        "talk.py": _TALKER,
+        "fail.py": "import sys\nprint('no', flush=True)\nsys.exit(7)\n",
+        "once.py": "import pathlib, sys\nmark = pathlib.Path(sys.argv[1])\nif not mark.exists():\n    mark.touch()\n"
+        "    sys.exit(3)\nprint('at last')\n",
+        "wait.py": "import time\nprint('waiting', flush=True)\ntime.sleep(12)\nprint('done')\n",
+    }.items():
+        script = directory / name
+        script.write_text(f"#!{sys.executable}\n{text}")
+        script.chmod(0o755)
+    return directory
+
+
+def test_output_has_no_gap_and_no_repeat_over_a_line_that_breaks(cluster: Cluster, scripts: Path) -> None:
+    with breaking_line(cluster.dashboard, seconds=3) as line:
+        code, out, err = ended(start(cluster, "submit", "talk.py", "600", port=line.port))
+    assert code == 0, err
+    assert out.splitlines() == [f"line {number}" for number in range(600)]
+    assert line.cut > 2
+    submission_id = err.split()[0]
+    assert submission_id.startswith("raylm-talk-") and submission_id.endswith("-1")
+    assert ended(start(cluster, "logs", submission_id))[:2] == (0, out)
+
+
+def test_the_exit_code_is_the_jobs_own(cluster: Cluster, scripts: Path) -> None:
+    code, out, err = ended(start(cluster, "submit", "fail.py"))
+    assert (code, out) == (7, "no\n"), err
+
+
+def test_a_job_that_fails_is_tried_again(cluster: Cluster, scripts: Path, tmp_path: Path) -> None:
+    code, out, err = ended(start(cluster, "submit", "--set", "job.retries=2", "once.py", str(tmp_path / "mark")))
+    assert (code, out) == (0, "at last\n"), err
+    assert "failed with exit code 3; attempt 2 of 3" in err
+
+
+def test_a_second_call_joins_the_job_that_runs(cluster: Cluster, scripts: Path) -> None:
+    first = start(cluster, "submit", "wait.py")
+    time.sleep(6)
+    second = start(cluster, "submit", "wait.py")
+    (code, out, err), (code_again, out_again, err_again) = ended(first), ended(second)
+    assert (code, out) == (code_again, out_again) == (0, "waiting\ndone\n"), err + err_again
+    assert "submitted" in err and "runs already: following it" in err_again
+    third = ended(start(cluster, "submit", "wait.py"))
+    assert third[2].split()[0].endswith("-2")
+
+
+def test_what_is_not_there_is_one_line(cluster: Cluster) -> None:
+    code, out, err = ended(start(cluster, "logs", "raylm-nothing-1"))
+    assert (code, out) == (1, "")
+    assert "raylm: error: job raylm-nothing-1: " in err and "Traceback" not in err
+    code, _, err = ended(start(cluster, "logs", "x", port=9))
+    assert code == 1 and "there is no cluster at http://127.0.0.1:9" in err and "Traceback" not in err
