@@ -14,11 +14,11 @@ PACKAGE = Path(__file__).parent.parent / "raylm"
 # From the ground up: a module may import from its own floor's room and from the floors below it.
 FLOORS = [
     {"errors"},
-    {"settings", "storage", "progress", "prices", "capacity"},
+    {"settings", "storage", "progress", "prices", "capacity", "lease"},
     {"tasks", "models", "metrics", "sentences", "language"},
     {"summary", "plots"},
     {"corpus", "training", "inference", "report"},
-    {"quickstart", "cluster"},
+    {"quickstart", "cluster", "nightly"},
     {"cli"},
     {"__main__"},
 ]

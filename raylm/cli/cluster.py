@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
 
 from raylm.cli.options import with_settings
+from raylm.cli.session import ray_session
+from raylm.progress import duration
 from raylm.settings import Settings
 
 
@@ -87,3 +91,26 @@ def logs(submission_id: str, address: str | None) -> None:
         client, submission_id, lambda text: click.echo(text, nl=False), lambda text: click.echo(text, err=True)
     )
     sys.exit(ended.exit_code)
+
+
+@click.command()
+@click.option("--now", type=click.DateTime(["%Y-%m-%dT%H:%M", "%Y-%m-%d"]), help="Take this for the time of day; UTC.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@with_settings
+def nightly(settings: Settings, now: datetime | None, as_json: bool) -> None:
+    """Do the batch jobs of the date that has ended, and those of earlier dates that have not been done."""
+    from raylm.nightly import run_night
+
+    with ExitStack() as stack:
+        moment = (now or datetime.now(UTC)).replace(tzinfo=UTC)
+        summary = run_night(settings, moment, lambda: stack.enter_context(ray_session()))
+    if as_json:
+        click.echo(summary.to_json())
+    else:
+        for record in summary.records:
+            told = record.reason or f"{record.rows:,} rows, {record.errors:,} with an error, {duration(record.seconds)}"
+            click.echo(f"{record.date}  {record.job}  {record.status}: {told}")
+        if not summary.records:
+            click.echo("nothing to do: every date has been done")
+    if summary.failed:
+        sys.exit(1)

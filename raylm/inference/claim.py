@@ -1,36 +1,24 @@
 """Where a job's results go, and that one job alone writes there.
 
-A job keeps its parts, and in the end its manifest, in `<output>.raylm` beside its output. While it runs it holds that
-directory: on a local or shared disk by a lock that the system frees when the process dies, on an object store by a
-lease that it renews.
+A job keeps its parts, and in the end its manifest, in `<output>.raylm` beside its output; it holds that directory while
+it runs.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import socket
-import threading
-import time
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
-from typing import Any
+from contextlib import contextmanager
+from pathlib import PurePosixPath
 
 from raylm.errors import OutputError
 from raylm.inference.io import FORMATS, InputFile, is_glob, suffix_of
+from raylm.lease import held
 from raylm.storage import Manifest, StoragePath
 from raylm.tasks import Task
 
 LOCK = "lock.json"
 _NOTE = "job.json"
 _CATALOG = ".po"
-_RENEWED_EVERY_S = 10.0
-_DEAD_AFTER_S = 35.0
-_SETTLED_AFTER_S = 2.0
 
 
 def output_place(pattern: str, files: Sequence[InputFile], task: Task, output: str | None) -> StoragePath:
@@ -93,7 +81,8 @@ def claimed_output(target: StoragePath, key: str, overwrite: bool) -> Iterator[S
     """
     work = work_directory(target)
     work.mkdir()
-    with _held(work / LOCK, target):
+    taken = f"{target}: another job writes to it now ({{who}}); wait for its end, or use another --output"
+    with held(work / LOCK, taken):
         _check_free(target, work, key, overwrite)
         (work / _NOTE).write_json({"key": key})
         for stale, _ in (work / "parts").list():
@@ -116,95 +105,3 @@ def _check_free(target: StoragePath, work: StoragePath, key: str, overwrite: boo
     else:
         why = "made by another model, input or setting"
     raise OutputError(f"{target}: exists already, {why}; use --overwrite or --output")
-
-
-# --------------------------------------------------------------------------------------- one job alone
-
-
-def _held(lock: StoragePath, target: StoragePath) -> Any:
-    return _locked(lock.local(), target) if lock.is_local else _leased(lock, target)
-
-
-def _owner() -> dict[str, Any]:
-    since = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "id": uuid.uuid4().hex}
-
-
-def _taken(target: StoragePath, owner: dict[str, Any]) -> OutputError:
-    who = f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"
-    return OutputError(f"{target}: another job writes to it now ({who}); wait for its end, or use another --output")
-
-
-@contextmanager
-def _locked(lock: Path, target: StoragePath) -> Iterator[None]:
-    while True:
-        try:
-            file = lock.open("a+")
-        except OSError as error:
-            raise OutputError(f"cannot write {lock}: {error.strerror}") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            text = file.read()
-            file.close()
-            raise _taken(target, json.loads(text) if text else {}) from None
-        except OSError as error:
-            file.close()
-            raise OutputError(f"{lock}: this filesystem has no locks ({error.strerror}); use another") from error
-        if lock.is_file() and os.fstat(file.fileno()).st_ino == lock.stat().st_ino:
-            break
-        file.close()  # its holder has just ended, and removed it
-    try:
-        file.truncate(0)
-        file.write(json.dumps(_owner()))
-        file.flush()
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        file.close()
-
-
-@contextmanager
-def _leased(lease: StoragePath, target: StoragePath) -> Iterator[None]:
-    owner = _owner()
-    deadline = time.monotonic() + _DEAD_AFTER_S
-    found = _read(lease)
-    while found:
-        if time.monotonic() >= deadline:  # it was not renewed: its holder is dead
-            break
-        time.sleep(1.0)
-        now = _read(lease)
-        if now and now != found:
-            raise _taken(target, now)
-        found = now
-    lease.write_json(owner)
-    time.sleep(_SETTLED_AFTER_S)
-    if (now := _read(lease)) and now["id"] != owner["id"]:  # of two that came at once, the later one
-        raise _taken(target, now)
-    ended = threading.Event()
-
-    def renew() -> None:
-        number = 0
-        while not ended.wait(_RENEWED_EVERY_S):
-            number += 1
-            with suppress(OutputError):  # the next time, perhaps
-                lease.write_json({**owner, "renewed": number})
-
-    thread = threading.Thread(target=renew, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        now = _read(lease)
-        if now and now["id"] == owner["id"]:
-            lease.delete()
-
-
-def _read(lease: StoragePath) -> dict[str, Any] | None:
-    try:
-        return dict(lease.read_json()) if lease.is_file() else None
-    except FileNotFoundError:  # it has just been removed
-        return None

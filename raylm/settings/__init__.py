@@ -4,7 +4,7 @@ A value is looked for in this order: `--set key=value`, `--with overlay.yaml` (t
 file, the default written here. Defaults live in this room alone.
 """
 
-from raylm.settings.cluster import JobSettings
+from raylm.settings.cluster import JobSettings, NightlyJob, NightlySettings
 from raylm.settings.corpus import (
     CldrSource,
     CleanSettings,
@@ -60,6 +60,8 @@ __all__ = [
     "FinetuneSettings",
     "JobSettings",
     "ModelSettings",
+    "NightlyJob",
+    "NightlySettings",
     "PackSettings",
     "PairFileSource",
     "PairFilterSettings",

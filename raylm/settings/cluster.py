@@ -1,12 +1,14 @@
-"""Sections that say how work gets onto a cluster."""
+"""Sections that say how work gets onto a cluster, and when."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from datetime import date
+from typing import Annotated, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, StringConstraints
 
-from raylm.settings.section import Section
+from raylm.settings.section import Section, ShareOrNumber
 
 
 class JobSettings(Section):
@@ -20,3 +22,60 @@ class JobSettings(Section):
     """How often a job that fails is started again; each continues where the one before stopped."""
     entrypoint_resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """What the machine of the job's own process has to have, such as `{driver: 1}`, which keeps it off the head."""
+
+
+def _of_a_night(pattern: str) -> str:
+    if "{date}" not in pattern:
+        raise ValueError("a place with {date} in it, such as s3://in/{date}/*.parquet")
+    return pattern
+
+
+def _known_timezone(name: str) -> str:
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError) as error:
+        raise ValueError("a time zone such as Europe/Berlin") from error
+    return name
+
+
+OfANight = Annotated[str, AfterValidator(_of_a_night)]
+"""A place that is another one for each night."""
+
+
+class NightlyJob(Section):
+    """A batch job that runs once for each date."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[\w-]+$")]
+    """What it is called in records and summaries."""
+    task: Literal["translate", "summarize", "generate", "classify", "answer"]
+    input: OfANight
+    """A file, a directory or a glob, with `{date}` where the date stands, as 2026-11-27."""
+    output: OfANight
+    model: str | None = None
+    """A directory; by default the model that `raylm export` wrote, or that is served."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Which column each field of the task is, such as `{text: body}`."""
+    source_language: str | None = None
+    to: str | None = None
+    prompt: str | None = None
+    """As `batch.prompt`."""
+    max_errors: ShareOrNumber | None = None
+    """As `batch.max_errors`."""
+
+
+class NightlySettings(Section):
+    """`raylm nightly`."""
+
+    jobs: tuple[NightlyJob, ...] = ()
+    timezone: Annotated[str, AfterValidator(_known_timezone)] = "UTC"
+    """By which a day ends."""
+    lag_days: int = Field(default=1, ge=0)
+    """The date of a night is that of so many days before: 1 is the day that has ended."""
+    catch_up: int = Field(default=7, ge=0)
+    """How many dates before that one are made up for, where their jobs have not been done."""
+    since: date | None = None
+    """The first date; by default that of the first night that ran."""
+    through: Literal["actors", "serve"] = "actors"
+    """`serve`: the replicas of a service, which is started for the night where none runs."""
+    webhook: str | None = None
+    """A URL that is sent the summary of each night, as JSON."""

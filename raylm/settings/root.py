@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, PrivateAttr
 
-from raylm.settings.cluster import JobSettings
+from raylm.settings.cluster import JobSettings, NightlySettings
 from raylm.settings.corpus import CorpusSettings
 from raylm.settings.inference import BatchSettings, ServeSettings
 from raylm.settings.section import Section
@@ -30,6 +30,7 @@ class Settings(Section):
     batch: BatchSettings = BatchSettings()
     serve: ServeSettings = ServeSettings()
     job: JobSettings = JobSettings()
+    nightly: NightlySettings = NightlySettings()
     _topology: Topology | None = PrivateAttr(default=None)
 
     @property

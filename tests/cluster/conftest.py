@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from raylm.cluster.providers.processes import NODE, ProcessNodeProvider
+from raylm.settings import Settings
 
 REPOSITORY = Path(__file__).parents[2]
 LOCAL = REPOSITORY / "clusters" / "local.yaml"
@@ -34,12 +35,14 @@ def free_port() -> int:
 class Cluster:
     """The packaged cluster file under a name, a network and ports of its own."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, settings: Settings) -> None:
         self.name = f"t{os.getpid()}"
         values: dict[str, Any] = yaml.safe_load(LOCAL.read_text())
         gcs, self.dashboard = free_port(), free_port()
         values |= {"cluster_name": self.name, "idle_timeout_minutes": 0.1}
         values["provider"]["network"] = NETWORK
+        self.storage = directory / "storage"
+        values["metadata"] = {"raylm": settings.model_dump(mode="json") | {"storage": str(self.storage)}}
         for key in ("head_start_ray_commands", "worker_start_ray_commands"):
             values[key] = [text.replace("6379", str(gcs)) for text in values[key]]
         values["head_start_ray_commands"][0] += f" --dashboard-port={self.dashboard}"
@@ -62,14 +65,14 @@ class Cluster:
     def ray(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(Path(sys.executable).parent / "ray"), *words], env=self.environment | environment,
-            cwd=self.file.parent, capture_output=True, text=True, timeout=240, check=False,
+            cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
 
     def submit(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Submit a job and wait for its end; a head that has just started has no agent for it yet."""
+        """`ray job submit`, to its end; a head that has just started has no agent for it yet."""
         address = f"http://127.0.0.1:{self.dashboard}"
         for _ in range(30):
-            done = self.ray("job", "submit", "--address", address, "--", *words, **environment)
+            done = self.ray("job", "submit", *words, RAY_API_SERVER_ADDRESS=address, **environment)
             if "No available agent" not in done.stderr:
                 break
             time.sleep(1)
@@ -91,8 +94,8 @@ class Cluster:
 
 
 @pytest.fixture(scope="package")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("home"))
+def cluster(tmp_path_factory: pytest.TempPathFactory, small_settings: Settings) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("home"), small_settings)
     up = cluster.ray("up", "-y", "--no-config-cache", str(cluster.file))
     assert up.returncode == 0, up.stdout + up.stderr
     yield cluster

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import Cluster
+from tests.cluster.conftest import REPOSITORY, Cluster
 
 pytestmark = pytest.mark.slow
 
@@ -80,7 +80,7 @@ def start(cluster: Cluster, *words: str, port: int | None = None) -> subprocess.
     address = f"http://127.0.0.1:{port or cluster.dashboard}"
     return subprocess.Popen(
         [sys.executable, "-m", "raylm", command, "--address", address, *rest],
-        env=cluster.environment, cwd=cluster.file.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=cluster.environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def scripts(cluster: Cluster) -> Path:
-    """Where the head runs jobs: scripts stand there, executable."""
+    """Scripts, executable."""
     directory = cluster.file.parent
     for name, text in {
         "talk.py": _TALKER,
@@ -108,7 +108,7 @@ def scripts(cluster: Cluster) -> Path:
 
 def test_output_has_no_gap_and_no_repeat_over_a_line_that_breaks(cluster: Cluster, scripts: Path) -> None:
     with breaking_line(cluster.dashboard, seconds=3) as line:
-        code, out, err = ended(start(cluster, "submit", "talk.py", "600", port=line.port))
+        code, out, err = ended(start(cluster, "submit", str(scripts / "talk.py"), "600", port=line.port))
     assert code == 0, err
     assert out.splitlines() == [f"line {number}" for number in range(600)]
     assert line.cut > 2
@@ -118,24 +118,26 @@ def test_output_has_no_gap_and_no_repeat_over_a_line_that_breaks(cluster: Cluste
 
 
 def test_the_exit_code_is_the_jobs_own(cluster: Cluster, scripts: Path) -> None:
-    code, out, err = ended(start(cluster, "submit", "fail.py"))
+    code, out, err = ended(start(cluster, "submit", str(scripts / "fail.py")))
     assert (code, out) == (7, "no\n"), err
 
 
 def test_a_job_that_fails_is_tried_again(cluster: Cluster, scripts: Path, tmp_path: Path) -> None:
-    code, out, err = ended(start(cluster, "submit", "--set", "job.retries=2", "once.py", str(tmp_path / "mark")))
+    code, out, err = ended(
+        start(cluster, "submit", "--set", "job.retries=2", str(scripts / "once.py"), str(tmp_path / "mark"))
+    )
     assert (code, out) == (0, "at last\n"), err
     assert "failed with exit code 3; attempt 2 of 3" in err
 
 
 def test_a_second_call_joins_the_job_that_runs(cluster: Cluster, scripts: Path) -> None:
-    first = start(cluster, "submit", "wait.py")
+    first = start(cluster, "submit", str(scripts / "wait.py"))
     time.sleep(6)
-    second = start(cluster, "submit", "wait.py")
+    second = start(cluster, "submit", str(scripts / "wait.py"))
     (code, out, err), (code_again, out_again, err_again) = ended(first), ended(second)
     assert (code, out) == (code_again, out_again) == (0, "waiting\ndone\n"), err + err_again
     assert "submitted" in err and "runs already: following it" in err_again
-    third = ended(start(cluster, "submit", "wait.py"))
+    third = ended(start(cluster, "submit", str(scripts / "wait.py")))
     assert third[2].split()[0].endswith("-2")
 
 

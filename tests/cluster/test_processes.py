@@ -36,7 +36,7 @@ print(sorted(ray.get([where.options(scheduling_strategy=place).remote() for plac
 @pytest.mark.slow
 def test_workers_come_for_work_and_go_without_it(cluster: Cluster) -> None:
     assert cluster.workers() == []
-    done = cluster.submit(sys.executable, "-c", _JOB)
+    done = cluster.submit("--", sys.executable, "-c", _JOB)
     assert done.returncode == 0, done.stdout + done.stderr
     assert str([f"{NETWORK}.{number}" for number in (2, 3, 4)]) in done.stdout
     end = time.monotonic() + 60
@@ -56,13 +56,15 @@ def test_who_has_no_token_is_answered_401(cluster: Cluster) -> None:
 
 
 @pytest.mark.slow
-def test_the_literal_command_reads_the_settings_that_ray_up_left(cluster: Cluster) -> None:
-    """`ray_bootstrap_config.yaml` is in the head's home; a job finds it without being told."""
+def test_the_literal_command_trains_by_the_settings_that_ray_up_left(cluster: Cluster) -> None:
+    """No argument: `ray up` has left the whole file in the head's home, and jobs run in the checkout."""
     left = json.loads((cluster.file.parent / "ray_bootstrap_config.yaml").read_text())
-    assert left["metadata"]["raylm"]["model"]["family"] == "marian"
-    shown = cluster.submit(sys.executable, "-m", "raylm", "settings", "show")
-    assert shown.returncode == 0, shown.stdout + shown.stderr
-    assert "family: marian" in shown.stdout
+    assert left["metadata"]["raylm"]["storage"] == str(cluster.storage)
+    done = cluster.submit("jobs/pretrain.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    manifest = json.loads((cluster.storage / "runs" / "pretrain" / "manifest.json").read_text())
+    assert manifest["metrics"]["step"] == 12
+    assert (cluster.storage / "tokens" / "default" / "manifest.json").exists()
 
 
 @pytest.mark.slow

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from raylm import lease
 from raylm.errors import OutputError
-from raylm.inference import claim
-from raylm.inference.claim import claimed_output
+from raylm.inference.claim import LOCK, claimed_output
 from raylm.inference.quarantine import HUNG, STOPPED_WORKER, Tries
 from raylm.storage import Manifest, StoragePath
 from tests.conftest import REPOSITORY
@@ -134,14 +134,14 @@ with claimed_output(StoragePath(sys.argv[1]), "key", False):
 """
     target = tmp_path / "out.parquet"
     subprocess.run([sys.executable, "-c", program, str(target)], check=False)
-    assert (tmp_path / "out.parquet.raylm" / claim.LOCK).is_file()
+    assert (tmp_path / "out.parquet.raylm" / LOCK).is_file()
     with claimed_output(StoragePath(str(target)), "key", overwrite=False):
         pass
 
 
 def test_on_an_object_store_a_lease_holds_an_output(object_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in (("_RENEWED_EVERY_S", 0.5), ("_DEAD_AFTER_S", 3.0), ("_SETTLED_AFTER_S", 0.2)):
-        monkeypatch.setattr(claim, name, seconds)
+        monkeypatch.setattr(lease, name, seconds)
     target = StoragePath(object_store.format("batch/out.parquet"))
     refused: list[str] = []
 
@@ -157,8 +157,8 @@ def test_on_an_object_store_a_lease_holds_an_output(object_store: str, monkeypat
         second.start()
         second.join()
         assert "another job writes to it now" in refused[0]
-    assert not (work / claim.LOCK).is_file()
-    (work / claim.LOCK).write_json({"id": "dead", "pid": 1, "host": "gone"})
+    assert not (work / LOCK).is_file()
+    (work / LOCK).write_json({"id": "dead", "pid": 1, "host": "gone"})
     start = time.monotonic()
     with claimed_output(target, "key", overwrite=False):
         assert time.monotonic() - start >= 3, "it waited for a sign of life"
