@@ -14,7 +14,9 @@ import click
 from raylm.cli.options import with_settings
 from raylm.cli.session import ray_session
 from raylm.progress import duration
-from raylm.settings import Settings
+from raylm.settings import Settings, find_cluster_file
+
+TARGETS = ("crontab", "systemd", "airflow", "raycluster", "rayjob", "raycronjob", "rayservice", "k8s-cronjob")
 
 
 @click.group()
@@ -91,6 +93,17 @@ def logs(submission_id: str, address: str | None) -> None:
         client, submission_id, lambda text: click.echo(text, nl=False), lambda text: click.echo(text, err=True)
     )
     sys.exit(ended.exit_code)
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.option("--to", "target", required=True, type=click.Choice(TARGETS), help="For which program.")
+@click.option("--run", "command", default="nightly", show_default=True, help="With rayjob: a command of raylm.")
+def render(file: Path | None, target: str, command: str) -> None:
+    """Write a cluster file's schedule, or the cluster itself, as another program wants it."""
+    from raylm.cluster.render import render as text_of
+
+    click.echo(text_of(find_cluster_file(file), target, command), nl=False)
 
 
 @click.command()

@@ -81,10 +81,11 @@ class ClusterFile:
 
     def workers_of(self, node_type: str) -> int:
         """How many machines of a type there may be beside the head."""
-        if node_type == self.head_type:
-            return int(self.get("available_node_types", node_type, "max_workers", default=0))
-        most = int(self.get("max_workers", default=0))
-        return min(int(self.get("available_node_types", node_type, "max_workers", default=most)), most)
+        total = self.get("max_workers")
+        own = self.get("available_node_types", node_type, "max_workers")
+        if own is None:
+            own = 0 if node_type == self.head_type else total or 0
+        return int(own if total is None else min(own, total))
 
     def error(self, key: Iterable[str | int], why: str, remedy: str) -> Finding:
         return self._finding(tuple(key), why, remedy, is_error=True)

@@ -19,6 +19,9 @@ MARKET_LABEL = "ray.io/market-type"
 _RAYS_OWN: dict[str, set[str]] = {"aws": {"SubnetIds"}, "gcp": set(), "azure": {"availability_zone"}}
 """Keys of a node_config that Ray takes itself and the cloud never sees."""
 
+_POD_KEYS = {"cpu", "memory", "pod"}
+"""Of a node_config: how much CPU and memory the pod has, and what else its spec says."""
+
 
 def check_nodes(cluster: ClusterFile) -> Iterator[Finding]:
     """What is wrong with the types of machines."""
@@ -32,6 +35,7 @@ def check_nodes(cluster: ClusterFile) -> Iterator[Finding]:
         yield from _market(cluster, key, name, node_config)
     yield from _bounds(cluster)
     yield from _places(cluster)
+    yield from _image(cluster)
 
 
 # ----------------------------------------------------------------------------------------- the cloud's API
@@ -43,6 +47,11 @@ def _api(cluster: ClusterFile, key: Key, node_config: dict[str, Any]) -> Iterato
         yield from _aws(cluster, key, node_config)
     elif cluster.provider == "gcp":
         yield from _unknown(cluster, key, node_config, _gcp_keys(), "a Compute Engine instance")
+    elif cluster.provider == "kuberay":
+        yield from _unknown(cluster, key, node_config, _POD_KEYS, "a pod, as `raylm render` makes it,")
+        memory = node_config.get("memory")
+        if not re.fullmatch(r"\d+(\.\d+)?[KMGT]i?", str(memory)):
+            yield cluster.error((*key, "memory"), f"found {memory!r}", "Kubernetes wants an amount such as 64Gi")
     elif cluster.provider == "azure":
         known = {"azure_arm_parameters"}
         yield from _unknown(cluster, key, node_config, known, "Ray's Azure provider")
@@ -206,6 +215,17 @@ def _bounds(cluster: ClusterFile) -> Iterator[Finding]:
             )
     if cluster.get("idle_timeout_minutes") == 0:
         yield cluster.error(("idle_timeout_minutes",), "0: machines end as soon as they are up", "say 5")
+
+
+def _image(cluster: ClusterFile) -> Iterator[Finding]:
+    """What the pods of Kubernetes run."""
+    if cluster.provider != "kuberay":
+        return
+    image = cluster.get("provider", "image")
+    if not isinstance(image, str):
+        yield cluster.error(("provider",), "no image: pods have nothing to run", "add image: with raylm in it")
+    elif image.endswith(":latest") or ":" not in image.rsplit("/", 1)[-1]:
+        yield cluster.error(("provider", "image"), f"{image} is another one after every push", "name a version")
 
 
 def _places(cluster: ClusterFile) -> Iterator[Finding]:

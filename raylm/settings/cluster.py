@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import date
 from typing import Annotated, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -38,6 +39,16 @@ def _known_timezone(name: str) -> str:
     return name
 
 
+_FIELD = r"(\*|\d+(-\d+)?)(/\d+)?"
+_CRON = re.compile(rf"{_FIELD}(,{_FIELD})*(\s+{_FIELD}(,{_FIELD})*){{4}}")
+
+
+def _cron(text: str) -> str:
+    if not _CRON.fullmatch(text.strip()):
+        raise ValueError("minute, hour, day of the month, month and day of the week, as cron has them: 30 2 * * *")
+    return text.strip()
+
+
 OfANight = Annotated[str, AfterValidator(_of_a_night)]
 """A place that is another one for each night."""
 
@@ -67,8 +78,10 @@ class NightlySettings(Section):
     """`raylm nightly`."""
 
     jobs: tuple[NightlyJob, ...] = ()
+    schedule: Annotated[str, AfterValidator(_cron)] = "30 2 * * *"
+    """When, in the words of cron; `raylm render` writes it for what starts it."""
     timezone: Annotated[str, AfterValidator(_known_timezone)] = "UTC"
-    """By which a day ends."""
+    """Of the schedule, and by which a day ends."""
     lag_days: int = Field(default=1, ge=0)
     """The date of a night is that of so many days before: 1 is the day that has ended."""
     catch_up: int = Field(default=7, ge=0)

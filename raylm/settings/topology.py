@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+_UNBOUNDED = 1 << 31
+"""Workers of all types together, where a file does not say: KubeRay bounds each type alone."""
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -24,10 +27,11 @@ class Topology:
         head, node_types = document.get("head_node_type"), document.get("available_node_types")
         if not isinstance(head, str) or not isinstance(node_types, dict):
             return None
-        most = int(document.get("max_workers", 0))
+        most = int(document.get("max_workers", _UNBOUNDED))
         machines: list[Mapping[str, float]] = []
         for name, node_type in node_types.items():
             resources = node_type.get("resources") or {}
-            workers = min(int(node_type.get("max_workers", 0 if name == head else most)), most)
+            own = int(node_type.get("max_workers", 0 if name == head or most == _UNBOUNDED else most))
+            workers = min(own, most)
             machines += [resources] * (workers + (name == head))
         return cls(head, tuple(machines))

@@ -121,6 +121,12 @@ MISTAKES: list[tuple[str, Callable[[Values], None], str, str]] = [
     ("aws", put("provider", "availability_zone", to="eu-west-1a"), "provider.availability_zone", "not in the region"),
     ("aws", put("idle_timeout_minutes", to=0), "idle_timeout_minutes", "machines end as soon as they are up"),
     ("onprem", put("provider", "worker_ips", 1, to="192.168.1.10"), "provider.worker_ips[1]", "is the head"),
+    ("kuberay", put("provider", "image", to="registry.example.com/raylm:latest"), "provider.image", "name a version"),
+    ("kuberay", drop("provider", "image"), "provider", "no image"),
+    ("kuberay", put(*GPU, "node_config", "memory", to="96 GB"),
+     "available_node_types.gpu-spot.node_config.memory", "an amount such as 64Gi"),
+    ("kuberay", rename(*GPU, "node_config", "memory", to="memroy"),
+     "available_node_types.gpu-spot.node_config.memroy", "did you mean 'memory'?"),
     # commands
     ("aws", edit(*START, old="--autoscaling-config=~/ray_bootstrap_config.yaml", new=""),
      "head_start_ray_commands[1]", "no workers are ever started"),
@@ -161,6 +167,9 @@ MISTAKES: list[tuple[str, Callable[[Values], None], str, str]] = [
     ("aws", put(*OURS, "model", to={"family": "llama", "size": "large", "config": {
         "hidden_size": 8_192, "intermediate_size": 28_672, "num_hidden_layers": 48}}),
      "metadata.raylm.pretrain", "an L4 has 25.8 GB; raise pretrain.zero_stage"),
+    ("kuberay", put(*OURS, "nightly", "jobs", 0, "input", to="gs://my-bucket/in/today.parquet"),
+     "metadata.raylm.nightly.jobs[0].input", "a place with {date} in it"),
+    ("kuberay", put(*OURS, "nightly", "schedule", to="every night"), "metadata.raylm.nightly.schedule", "as cron has"),
     ("aws", put(*OURS, "prices", "gpu_spot", to=1), "metadata.raylm.prices.gpu_spot", "no such node type"),
     ("aws", drop(*OURS, "prices", "cpu"), "metadata.raylm.prices", "'cpu' has no price"),
 ]  # fmt: skip

@@ -113,19 +113,19 @@ def deploy_file(settings: ServeSettings, model: str) -> str:
     """
     model = absolute(model)
     ModelInfo.load(model)
-    values = {
-        "proxy_location": "EveryNode",
-        "http_options": {"host": settings.host, "port": settings.port},
-        "applications": [
-            {
-                "name": APPLICATION,
-                "route_prefix": "/",
-                "import_path": f"{__name__}:{build.__name__}",
-                "args": {"model": model, "serve": _anywhere(settings).model_dump(mode="json")},
-            }
-        ],
-    }
+    listening = {"proxy_location": "EveryNode", "http_options": {"host": settings.host, "port": settings.port}}
+    values = {**listening, "applications": [application(settings, model)]}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def application(settings: ServeSettings, model: str) -> dict[str, Any]:
+    """What a config of Ray Serve says of the service; nothing is looked at."""
+    return {
+        "name": APPLICATION,
+        "route_prefix": "/",
+        "import_path": f"{__name__}:{build.__name__}",
+        "args": {"model": model, "serve": _anywhere(settings).model_dump(mode="json")},
+    }
 
 
 def start_service(settings: ServeSettings, model: str, is_update: bool = False) -> str:
@@ -137,7 +137,7 @@ def start_service(settings: ServeSettings, model: str, is_update: bool = False) 
     :raises ArtifactError: the model is none that can be served.
     """
     host, port = settings.host, settings.port
-    application = build(Deployed(model=model, serve=settings))
+    deployed = build(Deployed(model=model, serve=settings))
     with _quiet_serve():
         if is_running() != is_update:
             raise RaylmError(
@@ -156,7 +156,7 @@ def start_service(settings: ServeSettings, model: str, is_update: bool = False) 
         waiting = threading.Timer(_PATIENCE_S, _note_waiting, [settings])
         waiting.start()
         try:
-            serve.run(application, name=APPLICATION, route_prefix="/")
+            serve.run(deployed, name=APPLICATION, route_prefix="/")
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             if not is_update:
