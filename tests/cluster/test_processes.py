@@ -68,6 +68,15 @@ def test_the_literal_command_trains_by_the_settings_that_ray_up_left(cluster: Cl
 
 
 @pytest.mark.slow
+def test_the_checkout_can_be_sent_along(cluster: Cluster) -> None:
+    values = ("--set", "pretrain.name=sent", "--set", "pretrain.steps=4", "--set", "pretrain.checkpoint_every=4")
+    done = cluster.submit("--working-dir", ".", "--", "jobs/pretrain.py", *values)
+    assert done.returncode == 0, done.stdout + done.stderr
+    manifest = json.loads((cluster.storage / "runs" / "sent" / "manifest.json").read_text())
+    assert manifest["metrics"]["step"] == 4
+
+
+@pytest.mark.slow
 def test_the_end_leaves_no_process_and_touches_no_other(cluster: Cluster) -> None:
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
