@@ -125,7 +125,7 @@ def follow(
         return Ended(submission_id, 0)
     if info.status == "STOPPED":
         return Ended(submission_id, _STOPPED)
-    if info.message:
+    if info.message and info.driver_exit_code is None:  # else it repeats what the job has printed
         note(f"{submission_id}: {' '.join(info.message.split())[:500]}")
     return Ended(submission_id, info.driver_exit_code or _FAILED)
 

@@ -32,7 +32,7 @@ def check_nodes(cluster: ClusterFile) -> Iterator[Finding]:
             continue
         yield from _api(cluster, (*key, "node_config"), node_config)
         yield from _resources(cluster, key, node_type, node_config)
-        yield from _market(cluster, key, name, node_config)
+        yield from _market(cluster, key, name)
     yield from _bounds(cluster)
     yield from _places(cluster)
     yield from _image(cluster)
@@ -168,8 +168,8 @@ def _resources(
             yield cluster.error((*key, "resources", name), f"says {found}, the machine has {there}", f"say {there}")
 
 
-def _market(cluster: ClusterFile, key: Key, name: str, node_config: dict[str, Any]) -> Iterator[Finding]:
-    spot = is_spot(cluster.provider, node_config)
+def _market(cluster: ClusterFile, key: Key, name: str) -> Iterator[Finding]:
+    spot = is_spot(cluster.provider, cluster.node_types[name])
     label = cluster.get("available_node_types", name, "labels", MARKET_LABEL)
     if spot and name == cluster.head_type:
         yield cluster.error((*key, "node_config"), "the head is a spot machine: all jobs end when it is taken away",
@@ -181,8 +181,11 @@ def _market(cluster: ClusterFile, key: Key, name: str, node_config: dict[str, An
         yield cluster.error((*key, "labels", MARKET_LABEL), "says spot, the machines are on-demand", "say on-demand")
 
 
-def is_spot(provider: str, node_config: Mapping[str, Any]) -> bool:
-    """Whether a cloud may take machines of a type away."""
+def is_spot(provider: str, node_type: Mapping[str, Any]) -> bool:
+    """Whether a cloud may take machines of a type away; of pods, their label says so."""
+    node_config = node_type.get("node_config") or {}
+    if provider == "kuberay":
+        return (node_type.get("labels") or {}).get(MARKET_LABEL) == "spot"
     if provider == "aws":
         return (node_config.get("InstanceMarketOptions") or {}).get("MarketType") == "spot"
     if provider == "gcp":

@@ -56,7 +56,7 @@ def pools_of(cluster: ClusterFile, settings: Settings) -> list[Pool]:
                 said.get("CPU", machine.cpus if machine else None),
                 int(said.get("GPU", machine.gpus if machine else 0)),
                 machine.gpu if machine else None,
-                is_spot(cluster.provider, node_config),
+                is_spot(cluster.provider, node_type),
                 int(node_type.get("priority", 0)),
                 prices.get(name, prices.get(OTHER)),
             )

@@ -58,7 +58,8 @@ def written(place: Path, day: date) -> list[int]:
 def service(ray_cluster: None, model_directory: Path) -> Iterator[None]:
     start_service(Settings.model_validate(values(Path("/"), model_directory)).serve, str(model_directory))
     yield
-    stop_service()
+    if is_running():
+        stop_service()
 
 
 def at(day: date, hour: int = 2, minute: int = 30, fold: int = 0) -> datetime:
