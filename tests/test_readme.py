@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import yaml
 
 from raylm.settings import Settings
@@ -49,15 +50,17 @@ def test_paths_of_the_readme_exist() -> None:
         assert (REPOSITORY / path).exists(), path
 
 
-def test_the_readmes_commands_run(small_settings: Settings, tmp_path: Path) -> None:
+def test_the_readmes_commands_run(small_settings: Settings, ray_cluster: None, tmp_path: Path) -> None:
+    """`quickstart` as on a laptop, with a Ray of its own; the others on one that runs already, as on a cluster."""
     values = small_settings.model_dump(mode="json") | {"storage": str(tmp_path / "raylm")}
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text(yaml.safe_dump({"cluster_name": "x", "metadata": {"raylm": values}}))
     texts = ["Monday, 5 May 2025", "12.5 kilometers", None, "Germany and France"]
     pq.write_table(pa.table({"id": range(4), "text": texts}), tmp_path / "input.parquet")
+    token = Path("~/.ray/auth_token").expanduser()
     environment = os.environ | {
         "RAYLM_CLUSTER": str(cluster),
-        "RAY_ADDRESS": "local",
+        **({"RAY_AUTH_TOKEN_PATH": str(token)} if token.exists() else {}),
         "HOME": str(tmp_path),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
@@ -65,8 +68,17 @@ def test_the_readmes_commands_run(small_settings: Settings, tmp_path: Path) -> N
     for command in commands():
         if command.startswith(("raylm serve", "raylm cluster", "raylm render")):
             continue  # the first does not end by itself; all have tests of their own
+        is_first = command.startswith("raylm quickstart")
+        address = "local" if is_first else ray.get_runtime_context().gcs_address
         found = subprocess.run(
-            command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False
+            command,
+            shell=True,
+            cwd=tmp_path,
+            env=environment | {"RAY_ADDRESS": address},
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
         )
         assert found.returncode == 0, f"{command}\n{found.stdout}\n{found.stderr}"
         ran += 1

@@ -82,6 +82,38 @@ def submit(settings: Settings, script: str, arguments: tuple[str, ...], address:
 
 
 @click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+def up(file: Path) -> None:
+    """Make the cluster of a file, once it has been checked, with a token that only you can read."""
+    from raylm.cluster import launch
+
+    launch.up(file)
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+def down(file: Path) -> None:
+    """End the cluster of a file with all its machines."""
+    from raylm.cluster import launch
+
+    launch.down(file)
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def run(file: Path, script: str, arguments: tuple[str, ...]) -> None:
+    """Make the cluster of a file, run a script of jobs/ on it, and end it, whatever becomes of the job."""
+    from raylm.cluster import launch
+
+    ended = launch.run(
+        file, script, arguments, lambda text: click.echo(text, nl=False), lambda text: click.echo(text, err=True)
+    )
+    sys.exit(ended.exit_code)
+
+
+@click.command()
 @click.argument("submission_id")
 @click.option("--address", help="Of the dashboard. Default: $RAY_API_SERVER_ADDRESS, else this machine's.")
 def logs(submission_id: str, address: str | None) -> None:

@@ -33,8 +33,8 @@ PAIRS = DATA / "translate.en-de.docs.train.parquet"
 HELD_OUT = DATA / "translate.en-de.docs.validation.parquet"
 _HELD_OUT_ROWS = 936
 _MINUTES = 20
-_PEER_RATES = (5e-4, 1e-3, 2e-3)
-"""Learning rates that Trainer is tried with, for so many steps; it then trains at the best."""
+_RATES = (5e-4, 1e-3, 2e-3)
+"""Learning rates that raylm and Trainer are tried with, for so many steps; each then trains at its best."""
 _TRIAL_STEPS = 2_000
 _WARMUP = 20
 _KILLS = 20
@@ -197,21 +197,33 @@ def _translation(
     peer_s: float,
     trainer: Callable[..., dict[str, Any]],
 ) -> list[Row]:
-    """How well the models translate after the same time, Trainer at the best of some learning rates.
+    """How well the models translate after the same time, each trained at the best of some learning rates.
 
     :param ours_s: of a step of raylm; `peer_s` of Trainer. How many there are is to be known, for the learning rate.
     """
-    values = _TRANSLATION | {"name": "translation", "steps": round(60 * _MINUTES * scale / ours_s)}
-    start = time.perf_counter()
-    raylm("finetune", settings, **values, log_every=100, validate_every=1_000, checkpoint_every=1_000)
-    took = time.perf_counter() - start  # Ray's start and all checkpoints included
-    ours = raylm("evaluate", {**settings, "finetune": values})["metrics"]["translate-de"]
     trial_steps = round(_TRIAL_STEPS * scale)
-    trials = {rate: trainer(trial_steps, rate=rate, rows=_HELD_OUT_ROWS)["chrf"] for rate in _PEER_RATES}
-    rate = max(trials, key=trials.__getitem__)
-    theirs = trainer(round(took / peer_s), rate=rate, rows=_HELD_OUT_ROWS, seconds=took)
-    peer = f"Seq2SeqTrainer, group_by_length, learning rate {rate:g}"
-    what = f"of {_HELD_OUT_ROWS} held-out sentences after {took / 60:.1f} minutes"
+
+    def trained_at(rate: float, steps: int, name: str) -> dict[str, Any]:
+        values = _TRANSLATION | {"learning_rate": rate, "name": name, "steps": steps}
+        raylm("finetune", settings, **values, log_every=100, validate_every=1_000, checkpoint_every=1_000)
+        return values
+
+    def scored(values: Mapping[str, Any]) -> dict[str, float]:
+        return dict(raylm("evaluate", {**settings, "finetune": values})["metrics"]["translate-de"])
+
+    def best(trial: Callable[[float], float]) -> float:
+        found = {rate: trial(rate) for rate in _RATES}
+        return max(found, key=found.__getitem__)
+
+    our_rate = best(lambda rate: scored(trained_at(rate, trial_steps, f"trial-{rate:g}"))["chrf"])
+    their_rate = best(lambda rate: float(trainer(trial_steps, rate=rate, rows=_HELD_OUT_ROWS)["chrf"]))
+    start = time.perf_counter()
+    values = trained_at(our_rate, round(60 * _MINUTES * scale / ours_s), "translation")
+    took = time.perf_counter() - start  # Ray's start and all checkpoints included
+    ours = scored(values)
+    theirs = trainer(round(took / peer_s), rate=their_rate, rows=_HELD_OUT_ROWS, seconds=took)
+    peer = f"Seq2SeqTrainer, group_by_length, learning rate {their_rate:g}"
+    what = f"of {_HELD_OUT_ROWS} held-out sentences after {took / 60:.1f} minutes, learning rate {our_rate:g}"
     return [
         beside(f"chrF {what}", [ours["chrf"]], "", peer, [theirs["chrf"]], Goal("ratio", ">=", 1)),
         single(f"chrF {what}", [ours["chrf"]], "", Goal("value", ">=", 44)),

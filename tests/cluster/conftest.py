@@ -35,12 +35,12 @@ def free_port() -> int:
 class Cluster:
     """The packaged cluster file under a name, a network and ports of its own."""
 
-    def __init__(self, directory: Path, settings: Settings) -> None:
-        self.name = f"t{os.getpid()}"
+    def __init__(self, directory: Path, settings: Settings, network: str = NETWORK) -> None:
+        self.name = f"t{os.getpid()}-{network.rsplit('.', 1)[1]}"
         values: dict[str, Any] = yaml.safe_load(LOCAL.read_text())
         gcs, self.dashboard = free_port(), free_port()
         values |= {"cluster_name": self.name, "idle_timeout_minutes": 0.1}
-        values["provider"]["network"] = NETWORK
+        values["provider"]["network"] = network
         self.storage = directory / "storage"
         values["metadata"] = {"raylm": settings.model_dump(mode="json") | {"storage": str(self.storage)}}
         for key in ("head_start_ray_commands", "worker_start_ray_commands"):
@@ -48,7 +48,7 @@ class Cluster:
         values["head_start_ray_commands"][0] += f" --dashboard-port={self.dashboard}"
         self.file = directory / "cluster.yaml"
         self.file.write_text(yaml.safe_dump(values))
-        token = directory / ".ray" / "auth_token"
+        self.token = token = directory / ".ray" / "auth_token"
         token.parent.mkdir()
         token.write_text(TOKEN)
         token.chmod(0o600)

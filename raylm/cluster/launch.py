@@ -1,0 +1,176 @@
+"""Clusters made and ended by Ray's launcher, and a job on one that lasts as long as the job."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import FrameType
+
+from raylm.cluster.check import check
+from raylm.cluster.file import ClusterFile, read
+from raylm.cluster.jobs import Ended, connect, submit
+from raylm.cluster.launching import commands
+from raylm.errors import RaylmError, SettingsError
+from raylm.settings import load
+from raylm.storage import StoragePath
+
+_TOKEN = Path("~/.ray/auth_token")
+_DASHBOARD_PORT = 8_265
+_TUNNEL_S = 60.0
+
+
+def up(path: Path) -> None:
+    """Make a cluster, or bring one that is there up to its file.
+
+    :raises SettingsError: the file has errors, as `raylm cluster check` finds them, or is not for Ray's launcher.
+    :raises RaylmError: Ray's launcher fails; what it said is above.
+    """
+    cluster = read(path)
+    if cluster.provider == "kuberay":
+        raise SettingsError(
+            f"{path}: pods are made by KubeRay: raylm render --to raycluster {path} | kubectl apply -f -"
+        )
+    _ensure_token()
+    errors = [str(finding) for finding in check([path]) if finding.is_error]
+    if errors:
+        raise SettingsError("\n".join([f"{path} has {len(errors)} errors; nothing was launched", *errors]))
+    _ray("up", "-y", "--no-config-cache", str(path))
+
+
+def down(path: Path) -> None:
+    """End a cluster with all its machines.
+
+    :raises RaylmError: Ray's launcher fails; what it said is above.
+    """
+    read(path)
+    _ray("down", "-y", str(path))
+
+
+def run(
+    path: Path, script: str, arguments: Sequence[str], echo: Callable[[str], None], note: Callable[[str], None]
+) -> Ended:
+    """Run a script on a cluster that is made for it, and ended when the job is: also when that fails, or is stopped.
+
+    What the job prints is kept in `<storage>/jobs/<submission id>.log`.
+
+    :raises RaylmError: the cluster cannot be made, or the job not be submitted.
+    """
+    settings, printed = load(path), []
+
+    def heard(text: str) -> None:
+        printed.append(text)
+        echo(text)
+
+    with _stoppable():
+        try:
+            up(path)
+            with _dashboard(read(path)) as address:
+                ended = submit(connect(address), script, arguments, settings.job, heard, note)
+        finally:
+            with _unstoppable():
+                down(path)
+    log = StoragePath(settings.storage) / "jobs" / f"{ended.submission_id}.log"
+    log.parent.mkdir()
+    log.write_bytes("".join(printed).encode())
+    return ended
+
+
+# -------------------------------------------------------------------------------------------- helpers
+
+
+def _ensure_token() -> None:
+    """A token that only this user can read; Ray itself would make one that all can."""
+    token = _TOKEN.expanduser()
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if token.exists():
+        return
+    token.parent.mkdir(parents=True, exist_ok=True)
+    with open(token, "w", opener=lambda place, flags: os.open(place, flags, 0o600)) as file:
+        file.write(secrets.token_hex(32))
+
+
+def _ray(*words: str) -> None:
+    done = subprocess.run([_program(), *words], stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise RaylmError(f"ray {' '.join(words)} failed with exit code {done.returncode}")
+
+
+def _program() -> str:
+    """The `ray` of this very Python."""
+    return str(Path(sys.executable).parent / "ray")
+
+
+@contextlib.contextmanager
+def _dashboard(cluster: ClusterFile) -> Iterator[str]:
+    """The address of a cluster's Jobs API: on this machine, or through a tunnel to the head."""
+    port = _DASHBOARD_PORT
+    for _, text in commands(cluster, "head_start_ray_commands"):
+        if found := re.search(r"--dashboard-port[= ](\d+)", text):
+            port = int(found[1])
+    address = f"http://127.0.0.1:{port}"
+    if cluster.provider == "external":
+        yield address
+        return
+    tunnel = subprocess.Popen(
+        [_program(), "dashboard", "--port", str(port), str(cluster.path)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        end = time.monotonic() + _TUNNEL_S
+        while not _answers(address):
+            if tunnel.poll() is not None or time.monotonic() > end:
+                raise RaylmError(f"{cluster.path}: no tunnel to the head's dashboard; does `ray dashboard` work?")
+            time.sleep(1)
+        yield address
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(tunnel.pid, signal.SIGTERM)
+        tunnel.wait()
+
+
+def _answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{address}/api/version", timeout=5).close()
+    except urllib.error.HTTPError:
+        return True  # it asks for a token
+    except OSError:
+        return False
+    return True
+
+
+def _stoppable() -> AbstractContextManager[None]:
+    """SIGTERM and a terminal that is gone end what runs as Ctrl-C does, so that nothing stays up."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    return _handled(stop, signal.SIGTERM, signal.SIGHUP)
+
+
+def _unstoppable() -> AbstractContextManager[None]:
+    """Nothing but SIGKILL keeps a cluster from being ended; Ray's launcher inherits that."""
+    return _handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None] | signal.Handlers, *numbers: int) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

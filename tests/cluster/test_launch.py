@@ -1,0 +1,85 @@
+"""`raylm up`, `down` and `run`: clusters that are checked first, and ended whatever happens."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from raylm.cli import main
+from raylm.settings import Settings
+from tests.cluster.conftest import REPOSITORY, Cluster
+
+CLUSTERS = REPOSITORY / "clusters"
+
+
+@pytest.fixture
+def unlaunched(tmp_path: Path, small_settings: Settings) -> Iterator[Cluster]:
+    """The file of a cluster that is not up, and a home without a token."""
+    cluster = Cluster(tmp_path, small_settings, network="127.77.3")
+    cluster.token.unlink()
+    yield cluster
+    for node in cluster.provider.non_terminated_nodes({}):
+        cluster.provider.terminate_node(node)
+    shutil.rmtree(cluster.provider.directory(f"{cluster.name}-2").parent, ignore_errors=True)
+
+
+def run(cluster: Cluster, script: str, *arguments: str) -> subprocess.Popen[str]:
+    place = cluster.file.parent / "job.py"
+    place.write_text(f"#!{sys.executable}\n{script}")
+    place.chmod(0o755)
+    return subprocess.Popen(
+        [sys.executable, "-m", "raylm", "run", str(cluster.file), str(place), *arguments],
+        env=cluster.environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_cluster_ends_with_its_job_though_that_fails(unlaunched: Cluster) -> None:
+    process = run(unlaunched, "import sys\nprint('said', sys.argv[1], flush=True)\nsys.exit(7)\n", "this")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 7, output
+    assert "said this\n" in output
+    assert unlaunched.processes() == []
+    assert unlaunched.provider.non_terminated_nodes({}) == []
+    [log] = (unlaunched.storage / "jobs").iterdir()
+    assert log.name.startswith("raylm-job-") and "said this\n" in log.read_text()
+    assert stat.S_IMODE(unlaunched.token.stat().st_mode) == 0o600
+
+
+@pytest.mark.slow
+def test_a_cluster_ends_when_its_command_is_stopped(unlaunched: Cluster) -> None:
+    process = run(unlaunched, "import time\nprint('at work', flush=True)\ntime.sleep(600)\n")
+    assert process.stdout
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if line == "at work\n":
+            process.send_signal(signal.SIGTERM)
+            break
+    rest, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, seen + rest
+    assert unlaunched.processes() == []
+    assert unlaunched.provider.non_terminated_nodes({}) == []
+
+
+def test_a_file_with_errors_is_not_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = yaml.safe_load((CLUSTERS / "local.yaml").read_text())
+    values["metadata"]["raylm"]["pretrian"] = {}
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    found = CliRunner().invoke(main, ["up", str(path)])
+    assert found.exit_code == 1
+    assert "has 1 errors; nothing was launched" in found.output
+    assert "metadata.raylm.pretrian: error: unknown key; did you mean 'pretrain'?" in found.output
+    pods = CliRunner().invoke(main, ["up", str(CLUSTERS / "kuberay.yaml")])
+    assert pods.exit_code == 1 and "raylm render --to raycluster" in pods.output
