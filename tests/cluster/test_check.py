@@ -84,6 +84,7 @@ def edit(*path: str | int, old: str, new: str) -> Callable[[Values], None]:
 HEAD, GPU = ("available_node_types", "head"), ("available_node_types", "gpu-spot")
 OURS = ("metadata", "raylm")
 START = ("head_start_ray_commands", 1)
+INSTALLED = '-c ~/raylm/constraints.txt -e "$HOME/raylm[aws]"'
 
 MISTAKES: list[tuple[str, Callable[[Values], None], str, str]] = [
     # Ray's own rules
@@ -131,10 +132,10 @@ MISTAKES: list[tuple[str, Callable[[Values], None], str, str]] = [
     ("aws", edit(*START, old="--autoscaling-config=~/ray_bootstrap_config.yaml", new=""),
      "head_start_ray_commands[1]", "no workers are ever started"),
     ("aws", edit(*START, old="cd ~/raylm && ", new=""), "head_start_ray_commands[1]", "jobs run where Ray was started"),
-    ("aws", edit("setup_commands", 0, old="-c ~/raylm/constraints.txt -e '~/raylm[aws]'", new="'ray[default]' torch"),
-     "setup_commands[0]", "whatever version of ray"),
-    ("aws", edit("setup_commands", 0, old="-c ~/raylm/constraints.txt -e '~/raylm[aws]'", new="ray==2.9.0"),
-     "setup_commands[0]", "the two do not talk"),
+    ("aws", edit("setup_commands", 2, old=INSTALLED, new="'ray[default]' torch"),
+     "setup_commands[2]", "whatever version of ray"),
+    ("aws", edit("setup_commands", 2, old=INSTALLED, new="ray==2.9.0"),
+     "setup_commands[2]", "the two do not talk"),
     ("aws", put("worker_start_ray_commands", 1, to="RAY_AUTH_MODE=token ray start --address=10.0.0.4:6379"),
      "worker_start_ray_commands[1]", "does not name the head"),
     # who may do what

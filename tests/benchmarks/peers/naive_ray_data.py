@@ -32,7 +32,8 @@ class Translate:
 if __name__ == "__main__":
     asked: dict[str, Any] = json.loads(sys.argv[1])
     start = time.perf_counter()
-    ray.init("local", num_cpus=asked["cpus"], include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    # One more than there are: where actors hold them all, the tasks that read and write wait for ever.
+    ray.init("local", num_cpus=asked["cpus"] + 1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     dataset = ray.data.read_parquet(asked["rows"])
     dataset = dataset.map_batches(
