@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 import socket
 import statistics
 import sys
@@ -80,9 +81,12 @@ def rows_of(source: Path, column: str, rows: int) -> Iterator[Path]:
 
 
 def translated(file: Path, model: str, **batch: Any) -> Any:
-    """A finished job of the command line, watched; its output replaces that of an earlier one."""
+    """A finished job of the command line, watched; what an earlier one has left is deleted, as it would do nothing."""
+    output = file.with_suffix(".translated.parquet")
+    output.unlink(missing_ok=True)
+    shutil.rmtree(output.with_name(f"{output.name}.raylm"), ignore_errors=True)
     settings = {"batch": batch} if batch else {}
-    arguments = ("batch-translate", str(file), "--model", model, "--overwrite")
+    arguments = ("batch-translate", str(file), "--model", model)
     with raylm_session(arguments, settings) as session:
         return session.wait(watched=True)
 
@@ -272,12 +276,12 @@ def _answers(url: str) -> bool:
 def measure_serve(scale: float) -> list[Row]:
     """People who ask at the same time, with and without their requests being decoded together, and too many of them."""
     model, count = translator(scale), max(round(_REQUESTS * scale), 200)
-    texts = [text for text in pq.read_table(PAIRS, columns=["src"])["src"].to_pylist() if text and text.strip()][:count]
 
     def asked(clients: int = _CLIENTS, **serve: Any) -> dict[str, Any]:
-        with served(model, **serve) as url:
-            run_script(sys.executable, "clients.py", url=url, texts=texts[:_CLIENTS], clients=_CLIENTS)
-            return run_script(sys.executable, "clients.py", url=url, texts=texts, clients=clients)
+        with served(model, **serve) as url, rows_of(PAIRS, "src", count) as file:
+            ask = partial(run_script, sys.executable, "clients.py", url=url, rows=str(file))
+            ask(limit=_CLIENTS, clients=_CLIENTS)
+            return ask(limit=count, clients=clients)
 
     found = interleaved({"together": asked, "alone": partial(asked, max_batch_tokens=1)})
     runs = succeeded(found["together"])

@@ -14,6 +14,7 @@ from collections import Counter
 from typing import Any
 
 import httpx
+import pyarrow.parquet as pq
 
 
 async def ask_all(url: str, texts: list[str], clients: int) -> dict[str, Any]:
@@ -42,5 +43,6 @@ async def ask_all(url: str, texts: list[str], clients: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
-    found = asyncio.run(ask_all(asked["url"], asked["texts"], asked["clients"]))
+    texts = pq.read_table(asked["rows"])["text"].to_pylist()[: asked["limit"]]
+    found = asyncio.run(ask_all(asked["url"], texts, asked["clients"]))
     sys.stdout.write("\n" + json.dumps(found) + "\n")
