@@ -73,6 +73,7 @@ def test_a_cluster_ends_when_its_command_is_stopped(unlaunched: Cluster) -> None
 
 def test_a_file_with_errors_is_not_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # which the command sets, and would stay
     values = yaml.safe_load((CLUSTERS / "local.yaml").read_text())
     values["metadata"]["raylm"]["pretrian"] = {}
     path = tmp_path / "cluster.yaml"
