@@ -1,4 +1,4 @@
-"""The same model and rows by several ways of decoding, on one thread; prints output tokens and CPU seconds, as JSON.
+"""The same model and rows by several ways of decoding, on one thread; prints source tokens and rows a CPU second.
 
 Ways: `raylm` (what a batch job's worker does with its chunks), `iterable` (CTranslate2 as its documentation has it),
 `generate` (transformers, batches of 8 sorted by length, or one by one). Run in raylm's environment.
@@ -75,6 +75,13 @@ def by_generate(model: ModelInfo, texts: list[str], beam_size: int, batch_size: 
         yield int((~torch.isin(written, special)).sum())
 
 
+def source_tokens(model: ModelInfo, texts: list[str]) -> int:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model.directory)
+    return sum(map(len, tokenizer(texts, add_special_tokens=False).input_ids))
+
+
 if __name__ == "__main__":
     asked: dict[str, Any] = json.loads(sys.argv[1])
     torch.set_num_threads(1)
@@ -85,9 +92,10 @@ if __name__ == "__main__":
         steps = by_generate(model, texts, asked["beam_size"], asked["batch_size"])
     else:
         steps = ways[asked["way"]](model, texts, asked["beam_size"])
+    tokens = source_tokens(model, texts)
     next(steps)
-    start, tokens = time.process_time(), 0
-    for found in steps:
-        tokens += found
+    start = time.process_time()
+    written = sum(steps)
     seconds = time.process_time() - start
-    sys.stdout.write("\n" + json.dumps({"tokens_per_s": tokens / seconds, "rows_per_s": len(texts) / seconds}) + "\n")
+    rates = {"tokens_per_s": tokens / seconds, "rows_per_s": len(texts) / seconds, "written_per_s": written / seconds}
+    sys.stdout.write("\n" + json.dumps(rates) + "\n")
