@@ -97,7 +97,7 @@ def translated(file: Path, model: str, **batch: Any) -> Any:
 def measure_engines(scale: float) -> list[Row]:
     """Source tokens per CPU second, beside transformers and beside CTranslate2 as it comes.
 
-    Source tokens, because they are the same for all: what an 8-bit model writes may be longer than what an exact one does.
+    Those are the same for all; what an 8-bit model writes may be longer than what an exact one does.
     """
     model = translator(scale)
     rows: list[Row] = []
