@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -97,6 +100,18 @@ class Progress:
 def note(text: str) -> None:
     """Say one line to the person who watches."""
     console.print(text, markup=False)
+
+
+@contextmanager
+def hushed(logger: str, level: int) -> Iterator[None]:
+    """What a library says below a level, not shown for what is done inside."""
+    found = logging.getLogger(logger)
+    before = found.level
+    found.setLevel(level)
+    try:
+        yield
+    finally:
+        found.setLevel(before)
 
 
 def duration(seconds: float) -> str:

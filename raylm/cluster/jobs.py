@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from raylm.errors import RaylmError, first_line
+from raylm.progress import hushed
 from raylm.settings import JobSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 _RETRY_S = 2.0
@@ -26,6 +26,9 @@ _ANSWER_S = 120.0
 """How long a cluster may not answer: a head that has just started has no agent yet, and a line may be down."""
 _FAILED, _STOPPED = 1, 130
 """Exit codes of a job that says none, and of one that somebody stopped."""
+
+_CLIENT_LOG = "ray.dashboard.modules.job.sdk"
+"""Where Ray's client tells of its own connections."""
 
 T = TypeVar("T")
 
@@ -112,7 +115,7 @@ def follow(
 
     while True:
         _answered(lambda: client.get_job_status(submission_id), f"job {submission_id}", note)
-        with suppress(RuntimeError, OSError, asyncio.TimeoutError), _quiet():
+        with suppress(RuntimeError, OSError, asyncio.TimeoutError), hushed(_CLIENT_LOG, logging.WARNING):
             asyncio.run(listen())
         info: JobDetails = _answered(lambda: client.get_job_info(submission_id), f"job {submission_id}", note)
         if info.status.is_terminal():
@@ -199,17 +202,3 @@ def _answered(ask: Callable[[], T], what: str, note: Callable[[str], None], alre
                 note(f"{what}: no answer yet; trying for {_ANSWER_S:.0f} s")
             was_silent = True
             time.sleep(_RETRY_S)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what Ray's client says of its own connections off the terminal."""
-    import logging
-
-    logger = logging.getLogger("ray.dashboard.modules.job.sdk")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

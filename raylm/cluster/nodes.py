@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from raylm.cluster.file import ClusterFile, Finding, Key
+from raylm.cluster.file import ClusterFile, Finding, Key, nearest
 from raylm.cluster.machines import machine_of
 
 MARKET_LABEL = "ray.io/market-type"
@@ -72,7 +71,7 @@ def _aws(cluster: ClusterFile, key: Key, node_config: dict[str, Any]) -> Iterato
     yield from _shaped(cluster, key, passed, shape)
     kind = node_config.get("InstanceType")
     if isinstance(kind, str) and kind not in instance_types:
-        near = _nearest(kind, instance_types)
+        near = nearest(kind, instance_types)
         yield cluster.error((*key, "InstanceType"), f"AWS has no '{kind}'", f"did you mean '{near}'?" if near else "")
 
 
@@ -141,13 +140,9 @@ def _unknown(
         )
         return
     for name in sorted(set(value) - set(known)):
-        near = _nearest(name, known)
+        near = nearest(name, known)
         remedy = f"did you mean '{near}'?" if near else "take it out"
         yield cluster.error((*key, name), f"{whose} has no such key", remedy)
-
-
-def _nearest(name: str, known: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
 
 
 # -------------------------------------------------------------------------------------------- resources

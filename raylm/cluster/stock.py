@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import io
 import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from raylm.cluster.file import ClusterFile, Finding
+from raylm.cluster.file import ClusterFile, Finding, nearest
+from raylm.progress import hushed
 
 if TYPE_CHECKING:
     from jsonschema import ValidationError
@@ -27,7 +27,7 @@ def check_shape(cluster: ClusterFile) -> Iterator[Finding]:
     for key in cluster.repeated:
         yield cluster.error(key, "stands here twice; YAML takes the last one alone", "keep one of them")
     if cluster.provider and cluster.provider not in PROVIDERS:
-        near = _nearest(cluster.provider, PROVIDERS)
+        near = nearest(cluster.provider, PROVIDERS)
         remedy = f"did you mean '{near}'?" if near else f"known: {', '.join(PROVIDERS)}"
         yield cluster.error(("provider", "type"), f"Ray has no provider '{cluster.provider}'", remedy)
     import ray.autoscaler
@@ -44,7 +44,7 @@ def _told(cluster: ClusterFile, error: ValidationError) -> Iterator[Finding]:
     known = list(error.schema.get("properties", {}))
     if error.validator == "additionalProperties":
         for name in sorted(set(error.instance) - set(known)):
-            near = _nearest(name, known)
+            near = nearest(name, known)
             remedy = f"did you mean '{near}'?" if near else f"known here: {', '.join(sorted(known))}"
             if name == "raylm":
                 remedy = "put it below metadata:, which Ray leaves alone"
@@ -68,25 +68,17 @@ def check_prepared(cluster: ClusterFile) -> Iterator[Finding]:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     told = io.StringIO()
-    logger = logging.getLogger(prepare_config.__module__)  # which tells of what it fills in
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    filling = prepare_config.__module__  # tells of what it fills in
     try:
-        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told), hushed(filling, logging.CRITICAL):
             validate_config(prepare_config(copy.deepcopy(cluster.values)))
     except (Exception, SystemExit) as error:  # Ray raises what it likes, and its launcher exits
         said = str(error) if not isinstance(error, SystemExit) else ""
         text = " ".join((said or told.getvalue() or type(error).__name__).split())
         yield cluster.error(_key_of(text), f"Ray refuses the file: {text}", "mend it as Ray says")
-    finally:
-        logger.setLevel(level)
 
 
 def _key_of(text: str) -> tuple[str, ...]:
     """The key that an error of Ray's is about, as far as it says so."""
     names = ("head_node_type", "available_node_types", "max_workers", "cluster_name", "provider", "docker")
     return next(((name,) for name in names if name in text), ())
-
-
-def _nearest(name: str, known: Any) -> str | None:
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)

@@ -7,8 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import ray
@@ -24,7 +23,7 @@ from raylm.inference.service.gateway import APPLICATION, MODEL, Gateway
 from raylm.inference.service.host import ModelHost
 from raylm.inference.service.keys import read_keys
 from raylm.inference.service.routes import Card
-from raylm.progress import note
+from raylm.progress import hushed, note
 from raylm.settings import Section, ServeSettings
 from raylm.storage import StoragePath
 
@@ -233,13 +232,6 @@ def _free_port(host: str, port: int) -> int:
         return int(listener.getsockname()[1])
 
 
-@contextmanager
-def _quiet_serve() -> Iterator[None]:
+def _quiet_serve() -> AbstractContextManager[None]:
     """Ray Serve's notices of what it deploys, not shown for what is done inside."""
-    logger = logging.getLogger("ray.serve")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    return hushed("ray.serve", logging.ERROR)
