@@ -19,7 +19,7 @@ from raylm.corpus import cldr, docstrings, readers, tables
 from raylm.corpus.markup import check_markup
 from raylm.corpus.readers import check_column
 from raylm.corpus.tables import opened_parquet
-from raylm.errors import InputError
+from raylm.errors import ArtifactError, InputError, first_line
 from raylm.settings import (
     CldrSource,
     CorpusSettings,
@@ -162,8 +162,10 @@ def _found(kind: str, path: str, key: str) -> list[FoundFile]:
     suffixes = (*endings, *(ending + codec for ending in endings for codec in packed))
     try:
         found = sorted(find_files(path, suffixes), key=lambda entry: str(entry[1].path))
+    except ArtifactError as error:
+        raise InputError(f"{key}: {error}") from error
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{key}: {StoragePath(path)}: cannot be looked at: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{key}: {StoragePath(path)}: cannot be looked at: {first_line(error)}") from error
     if kind == "datasets":
         found = _saved_files(found)
     if not found:

@@ -13,6 +13,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,10 @@ class Seen:
         self.step = 0
         self.starts: list[dict[str, Any]] = []
         self.notes: list[str] = []
+        self._relay: Any = None
+        self._stopped = threading.Event()
         show = Follower._show
+        groups.stopping = self._stopping
 
         def noted(follower: Follower, row: dict[str, Any]) -> None:
             if "world_size" in row:
@@ -48,6 +53,16 @@ class Seen:
             show(follower, row)
 
         Follower._show = noted  # type: ignore[method-assign]
+
+    @contextmanager
+    def _stopping(self, relay: Any) -> Iterator[threading.Event]:
+        self._relay = relay
+        yield self._stopped
+
+    def stop(self) -> None:
+        """What a signal does where training runs in the main thread."""
+        self._stopped.set()
+        self._relay.request.remote("stop")
 
     def wait_for(self, what: str, condition: Any, timeout_s: float = 120) -> None:
         deadline = time.monotonic() + timeout_s
@@ -102,6 +117,16 @@ def disturb(cluster: Cluster, spot: Any, seen: Seen, result: dict[str, Any]) -> 
     worker_processes()[-1].kill()
     seen.wait_for("a new group", lambda: len(seen.starts) > starts)
     result["after_kill_s"] = seen.starts[-1]["at"] - killed
+    step = seen.step
+    seen.wait_for("steps after the kill", lambda: seen.step > step + 50)
+    seen.stop()
+
+
+def train(settings: Settings, result: dict[str, Any]) -> None:
+    try:
+        pretrain(settings)
+    except KeyboardInterrupt:
+        result["stopped"] = True
 
 
 def main(settings_file: str, result_file: str) -> None:
@@ -111,12 +136,12 @@ def main(settings_file: str, result_file: str) -> None:
     spot = cluster.add_node(num_cpus=1)
     seen, result = Seen(), {}
     # Ray starts machines in the main thread only.
-    training = threading.Thread(target=lambda: result.update(step=pretrain(settings).metrics["step"]), daemon=True)
+    training = threading.Thread(target=train, args=(settings, result), daemon=True)
     try:
         seen.wait_for("the second machine", lambda: ray.cluster_resources().get("CPU", 0) == 2)
         training.start()
         disturb(cluster, spot, seen, result)
-        training.join(timeout=300)
+        training.join(timeout=120)
     finally:
         Path(result_file).write_text(json.dumps(result | {"starts": seen.starts, "notes": seen.notes}))
         ray.shutdown()
