@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from raylm.capacity import machines
@@ -30,6 +30,9 @@ _CPUS_A_WORKER = 4
 _MOST_CPU_WORKERS = 4
 _GROW_AFTER_S = 30.0
 """Machines for more workers have to be there for so long before training pauses for them."""
+_ASK_EVERY_S = 20.0
+_PLACE_S = 10
+"""An elastic group is as large as the machines that are there hold: it is placed at once, or one has just gone."""
 _MOST_HEALTH_CHECK_S = 600.0
 _NEVER_S = 1e9
 _READ_AHEAD_BYTES = 32 << 20
@@ -90,15 +93,38 @@ def _cpus_each(machines: Sequence[int], workers: int, cpus_for_data: int) -> int
     return cpus
 
 
+def _leaving() -> set[str]:
+    """The machines that will be taken away."""
+    from ray._private.state import state
+
+    return set(state.get_draining_nodes())  # as Ray Train asks itself: `ray.nodes()` does not tell
+
+
 def _possible(width: Width) -> int:
     """How many workers the machines that stay could hold, each as a whole."""
     import ray
-    from ray._private.state import state
 
-    leaving = state.get_draining_nodes()  # as Ray Train asks itself: `ray.nodes()` does not tell
+    leaving = _leaving()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
     held = sum(int(min(node.get(name, 0) // wanted for name, wanted in width.resources.items())) for node in nodes)
     return min(held, width.most)
+
+
+def _of_those_that_stay(width: Width) -> Width:
+    """The width of a group that begins now.
+
+    Ray Train counts machines that will be taken away, and would wait in vain to have its group placed on them.
+    """
+    return replace(width, most=max(_possible(width), width.least)) if width.is_elastic and _leaving() else width
+
+
+def _ask_for_machines(run: str, workers: int, width: Width) -> None:
+    """Let the autoscaler bring machines for so many workers, though Ray Train's group has no use for them yet."""
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
+
+    coordinator.get_or_create_autoscaling_coordinator().request_resources.remote(
+        requester_id=f"raylm-{run}", resources=[width.resources] * workers, expire_after_s=3 * _ASK_EVERY_S
+    )
 
 
 def train_in_groups(job: TrainingJob, width: Width, progress: Progress, stream: TokenStream | None) -> int:
@@ -120,7 +146,7 @@ def train_in_groups(job: TrainingJob, width: Width, progress: Progress, stream: 
                 ray.get(relay.begin.remote())
                 if stopped.is_set():
                     raise KeyboardInterrupt
-                failure = _attempt(_trainer(job, width, relay, stream), width, relay)
+                failure = _attempt(job, width, relay, stream)
                 fatal = ray.get(relay.failed.remote())
                 if fatal:
                     raise TrainingError(fatal)
@@ -142,6 +168,8 @@ def _trainer(job: TrainingJob, width: Width, relay: ActorHandle, stream: TokenSt
     run, patience_s = StoragePath(job.run), job.settings.collective_timeout_s
     # A frozen worker answers neither its peers in a collective nor the controller's health checks.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(min(patience_s, _MOST_HEALTH_CHECK_S))
+    if width.is_elastic:
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(_PLACE_S)
     datasets: dict[str, Any] = {}
     if stream:
         length = sequence_length(StoragePath(job.tokens))
@@ -172,13 +200,15 @@ def _trainer(job: TrainingJob, width: Width, relay: ActorHandle, stream: TokenSt
     )
 
 
-def _attempt(trainer: TorchTrainer, width: Width, relay: ActorHandle) -> Exception | None:
+def _attempt(job: TrainingJob, width: Width, relay: ActorHandle, stream: TokenStream | None) -> Exception | None:
     """Let a group of workers train until it ends; what it failed with, or None.
 
     An elastic group is asked to pause when there have been machines for a larger one for a while.
     """
     import ray
 
+    width_now = _of_those_that_stay(width)
+    trainer = _trainer(job, width_now, relay, stream)
     failures: list[Exception] = []
 
     def fit() -> None:
@@ -191,6 +221,7 @@ def _attempt(trainer: TorchTrainer, width: Width, relay: ActorHandle) -> Excepti
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
     room_since: float | None = None
+    asked = -math.inf
     while thread.is_alive():
         thread.join(timeout=1)
         if width.is_elastic:
@@ -199,6 +230,9 @@ def _attempt(trainer: TorchTrainer, width: Width, relay: ActorHandle) -> Excepti
             room_since = (room_since or time.monotonic()) if has_room else None
             if room_since and time.monotonic() - room_since > _GROW_AFTER_S:
                 relay.request.remote("there are machines for more workers")
+        if width_now.most < width.most and time.monotonic() - asked > _ASK_EVERY_S:
+            _ask_for_machines(job.run, width.most - width_now.most, width)
+            asked = time.monotonic()
     return failures[0] if failures else None
 
 

@@ -23,7 +23,6 @@ from tests.conftest import REPOSITORY
 from tests.training.runs import changed, losses
 
 
-
 def disturbed(settings: Settings, name: str, **values: object) -> Settings:
     common = {"log_every": 1, "validate_every": 10_000, "validation_batches": 1, "global_batch_tokens": 512}
     return changed(settings, pretrain=common | {"name": name, "schedule": "constant", "learning_rate": 1e-4, **values})
@@ -61,22 +60,23 @@ def test_machines_go_and_come_and_no_step_is_lost(
     for pause, start in zip(pauses[:-1], result["starts"][1:], strict=False):
         assert pause.startswith(f"step {start['step']}:")
     assert result["step_at_kill"] - result["starts"][-1]["step"] <= 500
+    assert result["after_notice_s"] < 60
     assert result["after_kill_s"] < 60
 
     run = run_directory(settings, "elastic")
     [*_, last] = checkpoints.checkpoints(run)
     assert [row["step"] for row in read_metrics(run) if "loss" in row] == list(range(1, last.step + 1))
     assert pauses[-1].startswith(f"step {last.step}:")
-    whole = disturbed(small_settings, "whole", workers=2, steps=300, checkpoint_every=300)
+    whole = disturbed(small_settings, "whole", workers=2, steps=150, checkpoint_every=150)
     pretrain(whole)
-    assert losses(run)[:300] == pytest.approx(losses(run_directory(whole, "whole")), abs=1e-4)
+    assert losses(run)[:150] == pytest.approx(losses(run_directory(whole, "whole")), abs=1e-4)
 
 
 def test_a_worker_that_does_not_answer_is_given_up(
     small_settings: Settings, corpus: StoragePath, tmp_path: Path
 ) -> None:
     settings = disturbed(
-        small_settings, "silent", workers=2, steps=300, checkpoint_every=50, collective_timeout_s=15, max_failures=2
+        small_settings, "silent", workers=2, steps=150, checkpoint_every=25, collective_timeout_s=15, max_failures=2
     )
     run = run_directory(settings, "silent")
     stopped: list[int] = []
@@ -98,5 +98,5 @@ def test_a_worker_that_does_not_answer_is_given_up(
             if psutil.pid_exists(pid):
                 os.kill(pid, signal.SIGKILL)
     assert stopped
-    assert manifest.metrics["step"] == 300
-    assert len(losses(run)) == 300
+    assert manifest.metrics["step"] == 150
+    assert len(losses(run)) == 150
