@@ -6,6 +6,10 @@ from raylm.settings import Topology
 
 NODE_TYPE = "ray.io/node-group"
 """The label by which Ray tells a machine's node type, which it sets from `RAY_NODE_TYPE_NAME`."""
+NODE_IP = "RAYLM_NODE_IP"
+"""The variable that says a machine's address to its processes, where several machines are one."""
+MARKET = "ray.io/market-type"
+"""The label by which Ray tells spot machines from others."""
 
 
 def machines(resource: str, topology: Topology | None) -> list[int]:

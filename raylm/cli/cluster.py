@@ -16,6 +16,7 @@ from raylm.cli.session import ray_session
 from raylm.progress import duration
 from raylm.settings import Settings, find_cluster_file
 
+CLOUDS = ("aws", "gcp", "azure")
 TARGETS = ("crontab", "systemd", "airflow", "raycluster", "rayjob", "raycronjob", "rayservice", "k8s-cronjob")
 
 
@@ -59,6 +60,26 @@ def plan(file: Path, as_json: bool) -> None:
         click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
     else:
         click.echo(plan_table(jobs))
+
+
+@cluster.command()
+@click.argument("cloud", type=click.Choice(CLOUDS))
+@click.option("--address", required=True, help="Of the cluster: host:port of its head.")
+@click.option("--node-ip", help="This machine's address, as Ray has it. Default: what Ray finds.")
+@click.option("--metadata", help="The address of the cloud's metadata service. Default: its usual one.")
+def watch(cloud: str, address: str, node_ip: str | None, metadata: str | None) -> None:
+    """On a spot machine: drain it when the cloud says that it will be taken away."""
+    from ray.util import get_node_ip_address
+
+    from raylm.cluster import notices
+
+    machine = node_ip or get_node_ip_address()
+    notices.watch(
+        cloud,
+        metadata or notices.PLACES[cloud],
+        lambda seconds: notices.drain(address, machine, seconds),
+        lambda text: click.echo(text, err=True),
+    )
 
 
 @click.command(context_settings={"allow_interspersed_args": False})

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from raylm.capacity import NODE_IP
 from raylm.errors import RaylmError
 
 
@@ -36,7 +37,7 @@ def ray_session(join: bool = False) -> Iterator[None]:
         yield
         return
     try:
-        ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False, **_own_machine())
     except ConnectionError as error:
         where = f"at {address}" if address != "auto" else "on this machine"
         raise RaylmError(f"there is no running Ray {where}: {str(error).splitlines()[0]}") from error
@@ -45,6 +46,11 @@ def ray_session(join: bool = False) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _own_machine() -> dict[str, str]:
+    """Of several machines that are one, Ray would take the head for that of this process."""
+    return {"_node_ip_address": os.environ[NODE_IP]} if NODE_IP in os.environ else {}
 
 
 def _use_own_token() -> None:

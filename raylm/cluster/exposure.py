@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from raylm.cluster.file import ClusterFile, Finding
+from raylm.cluster.file import CLOUDS, ClusterFile, Finding
 from raylm.cluster.launching import commands
 
 _WORLD = ("0.0.0.0/0", "::/0")
-_CLOUDS = ("aws", "gcp", "azure")
 _SECRETS = {
     "an AWS access key": r"\b(AKIA|ASIA)[A-Z0-9]{16}\b",
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}",
@@ -78,7 +77,7 @@ def _rights(cluster: ClusterFile) -> Iterator[Finding]:
 
 def _token(cluster: ClusterFile) -> Iterator[Finding]:
     """A cluster asks for a token, which only its owner can read."""
-    if cluster.provider in (*_CLOUDS, "kuberay", "external") or _has_other_machines(cluster):
+    if cluster.provider in (*CLOUDS, "kuberay", "external") or _has_other_machines(cluster):
         for name in ("head_start_ray_commands", "worker_start_ray_commands"):
             starts = [(key, text) for key, text in commands(cluster, name) if "ray start" in text]
             for key, text in starts:

@@ -12,6 +12,11 @@ import yaml
 
 from raylm.errors import SettingsError
 
+CLOUDS = ("aws", "gcp", "azure")
+
+OWN_PROVIDERS = {cloud: f"raylm.cluster.providers.{cloud}.{cloud.capitalize()}Provider" for cloud in CLOUDS}
+"""`provider.module` of the clouds' providers that have on-demand machines stand in for spot ones."""
+
 Key = tuple[str | int, ...]
 """Where something stands: the keys, and the numbers of list items, that lead to it."""
 
@@ -68,8 +73,9 @@ class ClusterFile:
 
     @property
     def provider(self) -> str:
-        """What kind of cluster it is: `aws`, `local`, …"""
-        return str(self.get("provider", "type", default=""))
+        """What kind of cluster it is: `aws`, `local`, …; with a provider of ours, the cloud that it is of."""
+        kind, module = self.get("provider", "type", default=""), self.get("provider", "module")
+        return next((cloud for cloud, own in OWN_PROVIDERS.items() if kind == "external" and own == module), str(kind))
 
     @property
     def node_types(self) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from raylm.cluster.file import ClusterFile, Finding, Key
+from raylm.cluster.file import CLOUDS, OWN_PROVIDERS, ClusterFile, Finding, Key, nearest
 from raylm.cluster.pools import Pool, Stage, cpus_in, estimate, gpus_in, pools_of
 from raylm.errors import RaylmError
 from raylm.prices import OTHER
@@ -14,7 +14,8 @@ from raylm.summary import size
 from raylm.training.examples import step_sequences
 
 OURS = ("metadata", "raylm")
-_CLOUDS = ("aws", "gcp", "azure", "kuberay")
+_ELSEWHERE = (*CLOUDS, "kuberay")
+"""Providers whose machines are not those that a file was written on."""
 
 
 def check_fit(cluster: ClusterFile) -> Iterator[Finding]:
@@ -28,6 +29,7 @@ def check_fit(cluster: ClusterFile) -> Iterator[Finding]:
     settings = Settings.model_validate(values)
     pools = pools_of(cluster, settings)
     yield from _prices(cluster, settings)
+    yield from _spot(cluster, settings, pools)
     yield from _paths(cluster, settings, pools)
     for training in (settings.pretrain, settings.finetune):
         yield from _width(cluster, training, pools)
@@ -48,9 +50,34 @@ def _prices(cluster: ClusterFile, settings: Settings) -> Iterator[Finding]:
             yield cluster.warning((*OURS, "prices"), why, f"add {name}: or other:")
 
 
+def _spot(cluster: ClusterFile, settings: Settings, pools: Sequence[Pool]) -> Iterator[Finding]:
+    """Machines that could not stand in for others."""
+    by_name = {pool.name: pool for pool in pools}
+    key = (*OURS, "spot", "fallback")
+    own = OWN_PROVIDERS.get(cluster.provider)
+    if settings.spot.fallback and own and cluster.get("provider", "type") != "external":
+        why = f"Ray's own {cluster.provider} provider lets no machines stand in for others"
+        yield cluster.error(key, why, f"say provider: {{type: external, module: {own}, …}}")
+    for spot, on_demand in settings.spot.fallback.items():
+        for name in (spot, on_demand):
+            if name not in by_name:
+                near = nearest(name, by_name)
+                remedy = f"did you mean '{near}'?" if near else f"known: {', '.join(sorted(by_name))}"
+                yield cluster.error((*key, spot), f"there is no node type '{name}'", remedy)
+        if not (first := by_name.get(spot)) or not (second := by_name.get(on_demand)):
+            continue
+        if cluster.provider in CLOUDS and not first.is_spot:
+            yield cluster.error((*key, spot), f"machines of '{spot}' are not spot", "name a type that is")
+        if second.is_spot:
+            yield cluster.error((*key, spot), f"machines of '{on_demand}' are spot themselves", "name on-demand ones")
+        if (first.cpus, first.gpus) != (second.cpus, second.gpus):
+            why = f"'{spot}' has {first.cpus} CPUs and {first.gpus} GPUs, '{on_demand}' {second.cpus} and {second.gpus}"
+            yield cluster.error((*key, spot), why, "name a type of the same machines")
+
+
 def _paths(cluster: ClusterFile, settings: Settings, pools: Sequence[Pool]) -> Iterator[Finding]:
     """Directories of one machine in a cluster of several."""
-    if sum(pool.most for pool in pools) < 2 or cluster.provider not in (*_CLOUDS, "local"):
+    if sum(pool.most for pool in pools) < 2 or cluster.provider not in (*_ELSEWHERE, "local"):
         return
     places: list[tuple[Key, str]] = [(("storage",), settings.storage)]
     for kind in ("documents", "pairs"):
@@ -61,7 +88,7 @@ def _paths(cluster: ClusterFile, settings: Settings, pools: Sequence[Pool]) -> I
         if not StoragePath(path).is_local:
             continue
         why = f"{path} is a directory of each machine by itself"
-        if cluster.provider in _CLOUDS:
+        if cluster.provider in _ELSEWHERE:
             yield cluster.error((*OURS, *key), why, "name a place that all reach, such as s3://bucket/…")
         else:
             yield cluster.warning((*OURS, *key), why, "name a place that all reach, or mount one directory on all")

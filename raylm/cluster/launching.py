@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 
 from raylm.cluster.file import ClusterFile, Finding, Key
+from raylm.cluster.nodes import is_spot
 
 _LISTS = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
 
@@ -45,9 +46,16 @@ def _starts(cluster: ClusterFile) -> Iterator[Finding]:
         if cluster.provider != "external" and not re.search(r"\bcd\s+\S+", text):
             yield cluster.error(key, "jobs run where Ray was started: `ray job submit jobs/pretrain.py` finds no file",
                                 "write cd ~/raylm && before ray start")  # fmt: skip
-    for key, text in commands(cluster, "worker_start_ray_commands"):
+    starts = list(commands(cluster, "worker_start_ray_commands"))
+    for key, text in starts:
         if "ray start" in text and "$RAY_HEAD_IP" not in text:
             yield cluster.error(key, "does not name the head", "add --address=$RAY_HEAD_IP:6379")
+    spot = [name for name, node_type in cluster.node_types.items() if is_spot(cluster.provider, node_type)]
+    if spot and not any("raylm cluster watch" in text for _, text in starts):
+        yield cluster.warning(
+            ("worker_start_ray_commands",), f"machines of '{spot[0]}' are taken away without Ray being told before",
+            f"start raylm cluster watch {cluster.provider} on them, as in clusters/{cluster.provider}.yaml",
+        )  # fmt: skip
 
 
 def _installs(cluster: ClusterFile, key: Key, text: str) -> Iterator[Finding]:

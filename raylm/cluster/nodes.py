@@ -9,11 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from raylm.capacity import MARKET
 from raylm.cluster.file import ClusterFile, Finding, Key, nearest
 from raylm.cluster.machines import machine_of
-
-MARKET_LABEL = "ray.io/market-type"
-"""The label by which Ray tells spot machines from others."""
 
 _RAYS_OWN: dict[str, set[str]] = {"aws": {"SubnetIds"}, "gcp": set(), "azure": {"availability_zone"}}
 """Keys of a node_config that Ray takes itself and the cloud never sees."""
@@ -165,22 +163,22 @@ def _resources(
 
 def _market(cluster: ClusterFile, key: Key, name: str) -> Iterator[Finding]:
     spot = is_spot(cluster.provider, cluster.node_types[name])
-    label = cluster.get("available_node_types", name, "labels", MARKET_LABEL)
+    label = cluster.get("available_node_types", name, "labels", MARKET)
     if spot and name == cluster.head_type:
         yield cluster.error((*key, "node_config"), "the head is a spot machine: all jobs end when it is taken away",
                             "make it on-demand")  # fmt: skip
     elif spot and label != "spot":
-        yield cluster.warning(key, f"spot machines without the label {MARKET_LABEL}: spot",
-                              f"add labels: {{{MARKET_LABEL}: spot}}, by which jobs can tell them")  # fmt: skip
+        yield cluster.warning(key, f"spot machines without the label {MARKET}: spot",
+                              f"add labels: {{{MARKET}: spot}}, by which jobs can tell them")  # fmt: skip
     elif not spot and label == "spot":
-        yield cluster.error((*key, "labels", MARKET_LABEL), "says spot, the machines are on-demand", "say on-demand")
+        yield cluster.error((*key, "labels", MARKET), "says spot, the machines are on-demand", "say on-demand")
 
 
 def is_spot(provider: str, node_type: Mapping[str, Any]) -> bool:
     """Whether a cloud may take machines of a type away; of pods, their label says so."""
     node_config = node_type.get("node_config") or {}
     if provider == "kuberay":
-        return (node_type.get("labels") or {}).get(MARKET_LABEL) == "spot"
+        return (node_type.get("labels") or {}).get(MARKET) == "spot"
     if provider == "aws":
         return (node_config.get("InstanceMarketOptions") or {}).get("MarketType") == "spot"
     if provider == "gcp":

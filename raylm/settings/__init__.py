@@ -4,7 +4,7 @@ A value is looked for in this order: `--set key=value`, `--with overlay.yaml` (t
 file, the default written here. Defaults live in this room alone.
 """
 
-from raylm.settings.cluster import JobSettings, NightlyJob, NightlySettings
+from raylm.settings.cluster import JobSettings, NightlyJob, NightlySettings, SpotSettings
 from raylm.settings.corpus import (
     CldrSource,
     CleanSettings,
@@ -70,6 +70,7 @@ __all__ = [
     "Section",
     "ServeSettings",
     "Settings",
+    "SpotSettings",
     "TokenizerSettings",
     "Topology",
     "TrainingSettings",

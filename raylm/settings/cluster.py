@@ -92,3 +92,15 @@ class NightlySettings(Section):
     """`serve`: the replicas of a service, which is started for the night where none runs."""
     webhook: str | None = None
     """A URL that is sent the summary of each night, as JSON."""
+
+
+class SpotSettings(Section):
+    """What follows when a cloud has no spot machines left; of the clouds' providers below `raylm.cluster.providers`."""
+
+    fallback: dict[str, str] = Field(default_factory=dict)
+    """Which on-demand node type stands in for which spot one: `{gpu-spot: gpu-on-demand}`. No more machines do than
+    its `max_workers` allows."""
+    after: int = Field(default=3, ge=1)
+    """How many attempts in a row have to fail before; at most three are made in a minute."""
+    retry_minutes: float = Field(default=15, gt=0)
+    """After so long without an attempt, spot machines are asked for again."""

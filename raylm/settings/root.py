@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, PrivateAttr
 
-from raylm.settings.cluster import JobSettings, NightlySettings
+from raylm.settings.cluster import JobSettings, NightlySettings, SpotSettings
 from raylm.settings.corpus import CorpusSettings
 from raylm.settings.inference import BatchSettings, ServeSettings
 from raylm.settings.section import Section
@@ -31,6 +31,7 @@ class Settings(Section):
     serve: ServeSettings = ServeSettings()
     job: JobSettings = JobSettings()
     nightly: NightlySettings = NightlySettings()
+    spot: SpotSettings = SpotSettings()
     _topology: Topology | None = PrivateAttr(default=None)
 
     @property

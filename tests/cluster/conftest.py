@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,13 @@ def free_port() -> int:
 class Cluster:
     """The packaged cluster file under a name, a network and ports of its own."""
 
-    def __init__(self, directory: Path, settings: Settings, network: str = NETWORK) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        settings: Settings,
+        network: str = NETWORK,
+        change: Callable[[dict[str, Any]], None] = lambda _: None,
+    ) -> None:
         self.name = f"t{os.getpid()}-{network.rsplit('.', 1)[1]}"
         values: dict[str, Any] = yaml.safe_load(LOCAL.read_text())
         gcs, self.dashboard = free_port(), free_port()
@@ -43,9 +49,11 @@ class Cluster:
         values["provider"]["network"] = network
         self.storage = directory / "storage"
         values["metadata"] = {"raylm": settings.model_dump(mode="json") | {"storage": str(self.storage)}}
+        host = "--dashboard-host=127.0.0.1"
         for key in ("head_start_ray_commands", "worker_start_ray_commands"):
-            values[key] = [text.replace("6379", str(gcs)) for text in values[key]]
-        values["head_start_ray_commands"][0] += f" --dashboard-port={self.dashboard}"
+            own = [text.replace("6379", str(gcs)) for text in values[key]]
+            values[key] = [text.replace(host, f"{host} --dashboard-port={self.dashboard}") for text in own]
+        change(values)
         self.file = directory / "cluster.yaml"
         self.file.write_text(yaml.safe_dump(values))
         self.token = token = directory / ".ray" / "auth_token"
@@ -78,8 +86,24 @@ class Cluster:
             time.sleep(1)
         return done
 
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """`ray up`, and at the end nothing left of it, whatever has happened."""
+        try:
+            up = self.ray("up", "-y", "--no-config-cache", str(self.file))
+            assert up.returncode == 0, up.stdout + up.stderr
+            yield
+        finally:
+            for node in self.provider.non_terminated_nodes({}):
+                self.provider.terminate_node(node)
+            shutil.rmtree(self.provider.directory(f"{self.name}-2").parent, ignore_errors=True)
+
     def workers(self) -> list[str]:
         return self.provider.non_terminated_nodes({"ray-node-type": "worker"})
+
+    def processes_of(self, node: str) -> list[psutil.Process]:
+        """All that belongs to a machine of the cluster."""
+        return list(self.provider._processes(node))
 
     def processes(self) -> list[str]:
         """All that belongs to any machine of the cluster."""
@@ -96,9 +120,5 @@ class Cluster:
 @pytest.fixture(scope="package")
 def cluster(tmp_path_factory: pytest.TempPathFactory, small_settings: Settings) -> Iterator[Cluster]:
     cluster = Cluster(tmp_path_factory.mktemp("home"), small_settings)
-    up = cluster.ray("up", "-y", "--no-config-cache", str(cluster.file))
-    assert up.returncode == 0, up.stdout + up.stderr
-    yield cluster
-    for node in cluster.provider.non_terminated_nodes({}):
-        cluster.provider.terminate_node(node)
-    shutil.rmtree(cluster.provider.directory(f"{cluster.name}-2").parent, ignore_errors=True)
+    with cluster.running():
+        yield cluster

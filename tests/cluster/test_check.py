@@ -138,6 +138,18 @@ MISTAKES: list[tuple[str, Callable[[Values], None], str, str]] = [
      "setup_commands[2]", "the two do not talk"),
     ("aws", put("worker_start_ray_commands", 1, to="RAY_AUTH_MODE=token ray start --address=10.0.0.4:6379"),
      "worker_start_ray_commands[1]", "does not name the head"),
+    ("aws", drop("worker_start_ray_commands", 2), "worker_start_ray_commands", "without Ray being told before"),
+    # machines that stand in for others
+    ("aws", put("provider", "type", to="aws"), "metadata.raylm.spot.fallback", "lets no machines stand in"),
+    ("aws", put(*OURS, "spot", "fallback", to={"gpu-spt": "gpu-on-demand"}),
+     "metadata.raylm.spot.fallback.gpu-spt", "did you mean 'gpu-spot'?"),
+    ("aws", put(*OURS, "spot", "fallback", to={"gpu-spot": "cpu"}), "metadata.raylm.spot.fallback.gpu-spot",
+     "machines of 'cpu' are spot themselves"),
+    ("aws", put(*OURS, "spot", "fallback", to={"gpu-spot": "driver"}), "metadata.raylm.spot.fallback.gpu-spot",
+     "'driver' 2 and 0; name a type of the same machines"),
+    ("gcp", put(*OURS, "spot", "fallback", to={"driver": "gpu-on-demand"}), "metadata.raylm.spot.fallback.driver",
+     "machines of 'driver' are not spot"),
+    ("aws", put(*OURS, "spot", "after", to=0), "metadata.raylm.spot.after", "greater than or equal to 1"),
     # who may do what
     ("aws", edit(*START, old="--dashboard-host=127.0.0.1", new="--dashboard-host=0.0.0.0"),
      "head_start_ray_commands[1]", "listen on all addresses"),

@@ -25,8 +25,10 @@ from ray.autoscaler.command_runner import CommandRunnerInterface
 from ray.autoscaler.node_provider import NodeProvider
 from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_NODE_KIND
 
-NODE, NODE_IP, NODE_DIR = "RAYLM_NODE", "RAYLM_NODE_IP", "RAYLM_NODE_DIR"
-"""What a machine's commands find in their environment: which it is, its address, its directory."""
+from raylm.capacity import NODE_IP
+
+NODE, NODE_DIR = "RAYLM_NODE", "RAYLM_NODE_DIR"
+"""What a machine's commands find in their environment, beside its address: which it is, and its directory."""
 
 _HEAD_NUMBER = 2
 _MOST_NUMBER = 254
