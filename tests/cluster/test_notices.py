@@ -1,68 +1,21 @@
-"""Notices of the clouds, from a service of this machine that answers as theirs do; Ray is told of them."""
+"""Notices of the clouds are seen when they come, and Ray is told of them."""
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from raylm.cluster import notices
 from raylm.errors import RaylmError
-
-
-class Metadata(BaseHTTPRequestHandler):
-    """What a machine's own metadata service says; `gone_at` is when it will be taken away."""
-
-    gone_at: datetime | None = None
-
-    def do_PUT(self) -> None:
-        assert self.path == "/latest/api/token"
-        assert self.headers["X-aws-ec2-metadata-token-ttl-seconds"]
-        self._answer(200, "a-token")
-
-    def do_GET(self) -> None:
-        at = self.gone_at
-        if self.path == "/latest/meta-data/spot/instance-action":
-            if self.headers["X-aws-ec2-metadata-token"] != "a-token":
-                self._answer(401, "")
-            elif at is None:
-                self._answer(404, "")
-            else:
-                self._answer(200, json.dumps({"action": "terminate", "time": at.strftime("%Y-%m-%dT%H:%M:%SZ")}))
-        elif self.path == "/computeMetadata/v1/instance/preempted":
-            assert self.headers["Metadata-Flavor"] == "Google"
-            self._answer(200, "TRUE" if at else "FALSE")
-        elif self.path == "/metadata/scheduledevents?api-version=2020-07-01":
-            assert self.headers["Metadata"] == "true"
-            events = [{"EventType": "Freeze", "NotBefore": ""}]
-            if at:
-                events.append({"EventType": "Preempt", "NotBefore": format_datetime(at, usegmt=True)})
-            self._answer(200, json.dumps({"DocumentIncarnation": 1, "Events": events}))
-        else:
-            self._answer(500, "")
-
-    def _answer(self, status: int, text: str) -> None:
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *_: object) -> None:
-        pass
+from tests.cluster.metadata import Metadata, serving
 
 
 @pytest.fixture
 def service() -> Iterator[str]:
-    Metadata.gone_at = None
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving() as address:
+        yield address
 
 
 @pytest.mark.parametrize("cloud", notices.PLACES)
@@ -77,20 +30,18 @@ def test_a_notice_is_seen_when_it_comes(cloud: str, service: str) -> None:
 
 
 def test_a_watch_goes_on_through_silence_and_drains_once(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits = 0
+    answered = notices.notice_of
+    asked = 0
 
-    def pass_time(_: float) -> None:
-        nonlocal waits
-        waits += 1
-        if waits == 3:
-            notices_place[0] = service
-        if waits == 5:
+    def notice_of(cloud: str, place: str) -> float | None:
+        nonlocal asked
+        asked += 1
+        if asked == 5:
             Metadata.gone_at = datetime.now(UTC) + timedelta(seconds=60)
+        return answered(cloud, place if asked > 3 else "http://127.0.0.1:9")  # where nobody listens
 
-    notices_place = ["http://127.0.0.1:9"]  # nobody listens
-    monkeypatch.setattr(notices.time, "sleep", pass_time)
-    known = notices.notice_of
-    monkeypatch.setattr(notices, "notice_of", lambda cloud, _: known(cloud, notices_place[0]))
+    monkeypatch.setattr(notices, "notice_of", notice_of)
+    monkeypatch.setattr(notices, "_POLL_S", 0)
     drained: list[float] = []
     said: list[str] = []
     notices.watch("aws", service, drained.append, said.append)

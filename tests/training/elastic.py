@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,11 @@ from raylm.settings import Settings
 from raylm.training import groups
 from raylm.training.control import Follower
 from raylm.training.trainer import pretrain
+from tests.cluster.metadata import Metadata, serving
 
 groups._GROW_AFTER_S = 8.0
+SPOT = "127.88.0.3"
+"""The address of the machine that is taken away."""
 
 
 class Seen:
@@ -94,12 +98,7 @@ def disturb(cluster: Cluster, spot: Any, seen: Seen, result: dict[str, Any]) -> 
     seen.wait_for("a hundred steps", lambda: seen.step > 100)
 
     notice = time.monotonic()
-    command = str(Path(sys.executable).parent / "ray")
-    subprocess.run(
-        [command, "drain-node", "--address", cluster.address, "--node-id", spot.node_id, "--reason",
-         "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "60"],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    Metadata.gone_at = datetime.now(UTC) + timedelta(seconds=60)
     seen.wait_for("one worker after the notice", lambda: seen.starts[-1]["world_size"] == 1)
     result["after_notice_s"] = seen.starts[-1]["at"] - notice
     cluster.remove_node(spot, allow_graceful=False)
@@ -122,6 +121,29 @@ def disturb(cluster: Cluster, spot: Any, seen: Seen, result: dict[str, Any]) -> 
     seen.stop()
 
 
+@contextmanager
+def watching(cluster: Cluster, metadata: str) -> Iterator[None]:
+    """The spot machine's watch for the notice of its cloud."""
+    command = [
+        sys.executable,
+        "-m",
+        "raylm",
+        "cluster",
+        "watch",
+        "aws",
+        "--address",
+        cluster.address,
+        "--node-ip",
+        SPOT,
+    ]
+    watch = subprocess.Popen([*command, "--metadata", metadata])
+    try:
+        yield
+    finally:
+        watch.kill()
+        watch.wait()
+
+
 def train(settings: Settings, result: dict[str, Any]) -> None:
     try:
         pretrain(settings)
@@ -133,15 +155,16 @@ def main(settings_file: str, result_file: str) -> None:
     settings = Settings.model_validate_json(Path(settings_file).read_text())
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     ray.init(cluster.address, log_to_driver=False)
-    spot = cluster.add_node(num_cpus=1)
+    spot = cluster.add_node(num_cpus=1, node_ip_address=SPOT)
     seen, result = Seen(), {}
     # Ray starts machines in the main thread only.
     training = threading.Thread(target=train, args=(settings, result), daemon=True)
     try:
-        seen.wait_for("the second machine", lambda: ray.cluster_resources().get("CPU", 0) == 2)
-        training.start()
-        disturb(cluster, spot, seen, result)
-        training.join(timeout=120)
+        with serving() as metadata, watching(cluster, metadata):
+            seen.wait_for("the second machine", lambda: ray.cluster_resources().get("CPU", 0) == 2)
+            training.start()
+            disturb(cluster, spot, seen, result)
+            training.join(timeout=120)
     finally:
         Path(result_file).write_text(json.dumps(result | {"starts": seen.starts, "notes": seen.notes}))
         ray.shutdown()
