@@ -1,0 +1,119 @@
+"""`clusters/aws.yaml` against AWS's API as moto answers it: what is made, what it may do, and that nothing is left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.conftest import REPOSITORY
+
+boto3 = pytest.importorskip("boto3")
+server = pytest.importorskip("moto.server")
+
+
+@pytest.fixture
+def aws(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of commands that ask moto, with a home of their own."""
+    moto = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()  # it remembers earlier tests
+    (tmp_path / ".ray").mkdir()
+    token = tmp_path / ".ray" / "auth_token"
+    token.write_text("0" * 64)
+    token.chmod(0o600)
+    yield os.environ | {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "someone",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "eu-central-1",
+        "HOME": str(tmp_path),
+        "RECORDED": str(tmp_path / "commands"),
+        "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests/cluster/recording'}",
+    }
+    moto.stop()
+
+
+def client(aws: dict[str, str], service: str) -> Any:
+    return boto3.client(
+        service, endpoint_url=aws["AWS_ENDPOINT_URL"], region_name="eu-central-1",
+        aws_access_key_id="someone", aws_secret_access_key="secret",
+    )  # fmt: skip
+
+
+def own_file(aws: dict[str, str], directory: Path) -> Path:
+    """The packaged file with an owner's network, group and rights in it, as its first comment asks."""
+    ec2, iam = client(aws, "ec2"), client(aws, "iam")
+    network = ec2.create_vpc(CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
+    subnet = ec2.create_subnet(VpcId=network, CidrBlock="10.0.1.0/24", AvailabilityZone="eu-central-1a")
+    group = ec2.create_security_group(GroupName="raylm", Description="raylm", VpcId=network)["GroupId"]
+    for name in ("raylm-head", "raylm-worker"):
+        iam.create_role(RoleName=name, AssumeRolePolicyDocument="{}")
+        iam.create_instance_profile(InstanceProfileName=name)
+        iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
+    text = (REPOSITORY / "clusters" / "aws.yaml").read_text()
+    text = text.replace("subnet-0123456789abcdef0", subnet["Subnet"]["SubnetId"])
+    path = directory / "aws.yaml"
+    path.write_text(text.replace("sg-0123456789abcdef0", group))
+    return path
+
+
+def command(aws: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *words],
+        env=aws,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def instances(aws: dict[str, str]) -> list[dict[str, Any]]:
+    """All that are not ended."""
+    found = client(aws, "ec2").describe_instances()["Reservations"]
+    every = [instance for reservation in found for instance in reservation["Instances"]]
+    return [instance for instance in every if instance["State"]["Name"] not in ("terminated", "shutting-down")]
+
+
+def test_what_is_made_is_closed_and_has_few_rights(aws: dict[str, str], tmp_path: Path) -> None:
+    path = own_file(aws, tmp_path)
+    up = command(aws, "raylm", "up", str(path))
+    assert up.returncode == 0, up.stdout[-3_000:] + up.stderr[-3_000:]
+    [head] = instances(aws)
+    assert head["InstanceType"] == "m6i.xlarge"
+    assert head["IamInstanceProfile"]["Arn"].endswith("raylm-head")
+
+    for group in client(aws, "ec2").describe_security_groups()["SecurityGroups"]:
+        rules = [entry for rule in group["IpPermissions"] for entry in rule.get("IpRanges", [])]
+        assert not [entry for entry in rules if entry["CidrIp"] == "0.0.0.0/0"], group["GroupName"]
+    iam = client(aws, "iam")
+    for role in iam.list_roles()["Roles"]:
+        attached = iam.list_attached_role_policies(RoleName=role["RoleName"])["AttachedPolicies"]
+        assert not [policy for policy in attached if "FullAccess" in policy["PolicyName"]], role["RoleName"]
+
+    recorded = (tmp_path / "commands").read_text()
+    assert "RAY_AUTH_MODE=token" in recorded and "ray start --head" in recorded
+    assert "0" * 64 not in recorded
+    down = command(aws, "raylm", "down", str(path))
+    assert down.returncode == 0, down.stdout[-3_000:] + down.stderr[-3_000:]
+    assert instances(aws) == []
+
+
+def test_a_run_that_fails_leaves_no_machine(aws: dict[str, str], tmp_path: Path) -> None:
+    """No head answers behind the recorded commands, so that the job cannot be submitted."""
+    path = own_file(aws, tmp_path)
+    found = command(aws, "raylm", "run", str(path), "jobs/pretrain.py")
+    assert found.returncode == 1
+    assert "no tunnel to the head's dashboard" in found.stderr
+    assert "Traceback" not in found.stderr
+    assert client(aws, "ec2").describe_instances()["Reservations"]  # one was there
+    assert instances(aws) == []
