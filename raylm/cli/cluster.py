@@ -17,7 +17,10 @@ from raylm.progress import duration
 from raylm.settings import Settings, find_cluster_file
 
 CLOUDS = ("aws", "gcp", "azure")
-TARGETS = ("crontab", "systemd", "airflow", "raycluster", "rayjob", "raycronjob", "rayservice", "k8s-cronjob")
+TARGETS = (
+    "crontab", "systemd", "airflow", "raycluster", "rayjob", "raycronjob", "rayservice", "k8s-cronjob", "prometheus",
+    "grafana",
+)  # fmt: skip
 
 
 @click.group()
@@ -153,7 +156,7 @@ def logs(submission_id: str, address: str | None) -> None:
 @click.option("--to", "target", required=True, type=click.Choice(TARGETS), help="For which program.")
 @click.option("--run", "command", default="nightly", show_default=True, help="With rayjob: a command of raylm.")
 def render(file: Path | None, target: str, command: str) -> None:
-    """Write a cluster file's schedule, or the cluster itself, as another program wants it."""
+    """Write a cluster file's schedule, the cluster itself, or what watches it, as another program wants it."""
     from raylm.cluster.render import render as text_of
 
     click.echo(text_of(find_cluster_file(file), target, command), nl=False)

@@ -1,4 +1,4 @@
-"""`raylm render`: one cluster file, written as each world wants it: cron, systemd, Airflow, Kubernetes."""
+"""`raylm render`: one cluster file, written as each world wants it: cron, systemd, Airflow, Kubernetes, Prometheus."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from raylm.cluster import kubernetes
+from raylm.cluster import kubernetes, monitoring
 from raylm.cluster.file import ClusterFile, read
 from raylm.errors import SettingsError
 from raylm.settings import Settings, load
@@ -24,11 +24,13 @@ ON_KUBERNETES: dict[str, Callable[[ClusterFile, Settings, str], list[kubernetes.
     "k8s-cronjob": lambda cluster, settings, _: kubernetes.cron_job(cluster, settings),
 }
 
+MONITORING = {"prometheus": monitoring.prometheus, "grafana": monitoring.grafana}
+
 
 def render(path: Path, target: str, command: str = "nightly") -> str:
     """A cluster file's schedule, or the cluster itself, as text for another program.
 
-    :param target: `crontab`, `systemd`, `airflow`, or one of `ON_KUBERNETES`.
+    :param target: `crontab`, `systemd`, `airflow`, or one of `ON_KUBERNETES` and `MONITORING`.
     :param command: of raylm, with its options: what a `rayjob` runs.
     :raises SettingsError: the file is none, or does not say what the target needs.
     """
@@ -38,6 +40,8 @@ def render(path: Path, target: str, command: str = "nightly") -> str:
             raise SettingsError(f"{path}: provider.type is '{cluster.provider}'; --to {target} is for kuberay")
         resources = ON_KUBERNETES[target](cluster, settings, command)
         return str(yaml.safe_dump_all(resources, sort_keys=False, allow_unicode=True))
+    if target in MONITORING:
+        return MONITORING[target](cluster)
     if not settings.nightly.jobs:
         raise SettingsError(f"{path}: metadata.raylm.nightly.jobs is empty: there is nothing to schedule")
     return {"crontab": _crontab, "systemd": _systemd, "airflow": _airflow}[target](cluster, settings)

@@ -15,6 +15,7 @@ import yaml
 from click.testing import CliRunner
 
 from raylm.cli import main
+from raylm.cluster.monitoring import metrics_of
 from raylm.cluster.render import on_calendar, render
 from raylm.errors import SettingsError
 from raylm.settings import Settings, Topology
@@ -211,3 +212,37 @@ def test_what_cannot_be_rendered_says_why(aws: Path) -> None:
         render(CLUSTERS / "local.yaml", "crontab")
     with pytest.raises(SettingsError, match="days of the month and of the week"):
         on_calendar("0 4 1 * 1")
+
+
+# ------------------------------------------------------------------------------------------ Prometheus, Grafana
+
+
+def test_prometheus_is_told_where_the_machines_are() -> None:
+    [job] = yaml.safe_load(render(CLUSTERS / "aws.yaml", "prometheus"))["scrape_configs"]
+    assert job["file_sd_configs"] == [{"files": ["/tmp/ray/prom_metrics_service_discovery.json"]}]
+    monitor = yaml.safe_load(render(KUBERAY, "prometheus"))
+    assert monitor["kind"] == "PodMonitor"
+    assert monitor["spec"]["selector"]["matchLabels"] == {"ray.io/cluster": "raylm"}
+
+
+def test_the_dashboard_draws_every_panel_once_and_none_over_another() -> None:
+    dashboard = json.loads(render(CLUSTERS / "aws.yaml", "grafana"))
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken = [
+        (x, y)
+        for panel in panels
+        for x in range(panel["gridPos"]["x"], panel["gridPos"]["x"] + panel["gridPos"]["w"])
+        for y in range(panel["gridPos"]["y"], panel["gridPos"]["y"] + panel["gridPos"]["h"])
+    ]
+    assert len(set(taken)) == len(taken)
+    assert max(x for x, _ in taken) == 23
+    drawn = [panel for panel in panels if panel["type"] == "timeseries"]
+    assert all(panel["targets"] and panel["datasource"]["uid"] == "${source}" for panel in drawn)
+
+
+def test_ray_has_the_metrics_of_machines() -> None:
+    """Those of trainings and of the service are seen where they run."""
+    from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
+
+    assert metrics_of("Machines") <= {f"ray_{name}" for name in METRICS_GAUGES}

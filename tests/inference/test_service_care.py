@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from raylm.cluster.monitoring import metrics_of
 from raylm.errors import RaylmError
 from raylm.inference.batch import run_batch
 from raylm.inference.service.keys import add_key
@@ -213,4 +214,4 @@ def test_a_lone_row_that_kills_is_an_error(tmp_path: Path, model_directory: Path
     errors = pq.read_table(tmp_path / "t.translated.parquet")["error"].to_pylist()
     assert [number for number, error in enumerate(errors) if error] == [20]
     assert "stopped its worker" in errors[20]
-    assert "raylm_requests" in found.stdout and "raylm_tokens" in found.stdout
+    assert [name for name in metrics_of("Service") if name not in found.stdout] == []

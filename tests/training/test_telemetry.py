@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from raylm.cluster.monitoring import metrics_of
 from raylm.settings import Settings
 from raylm.storage import StoragePath
 from raylm.training.telemetry import MEANINGS, MetricsLog, Window, read_metrics
@@ -134,6 +135,7 @@ def test_prometheus_sees_a_run_while_it_trains(small_settings: Settings, corpus:
     assert done.returncode == 0, done.stderr[-2_000:]
     seen = json.loads(done.stdout.splitlines()[-1])
     assert {f"ray_raylm_train_{name}" for name in ("step", "loss", "tokens_per_s", "learning_rate")} <= seen.keys()
+    assert metrics_of("Training") <= seen.keys()
     assert 'run="watched"' in seen["ray_raylm_train_loss"]
     values = {name: float(line.rpartition(" ")[2]) for name, line in seen.items()}
     told = [row for row in read_metrics(StoragePath(settings.storage) / "runs" / "watched") if "loss" in row]
