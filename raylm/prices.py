@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from raylm.capacity import NODE_TYPE
 
@@ -16,14 +16,14 @@ def hourly_price(prices: Mapping[str, float]) -> float | None:
         return None
     import ray
 
-    total = 0.0
-    for node in ray.nodes():
-        if node["Alive"]:
-            price = prices.get((node.get("Labels") or {}).get(NODE_TYPE, OTHER), prices.get(OTHER))
-            if price is None:
-                return None
-            total += price
-    return total
+    return price_of([(node.get("Labels") or {}).get(NODE_TYPE, OTHER) for node in ray.nodes() if node["Alive"]], prices)
+
+
+def price_of(node_types: Iterable[str], prices: Mapping[str, float]) -> float | None:
+    """An hour of machines of some types; None where one has no price."""
+    found = [prices.get(name, prices.get(OTHER)) for name in node_types]
+    known = [price for price in found if price is not None]
+    return sum(known) if len(known) == len(found) else None
 
 
 def cost(price_per_hour: float, seconds: float) -> float:

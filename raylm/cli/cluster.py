@@ -152,6 +152,20 @@ def logs(submission_id: str, address: str | None) -> None:
 
 
 @click.command()
+@click.option("--address", help="Of the dashboard. Default: $RAY_API_SERVER_ADDRESS, else this machine's.")
+@click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
+@with_settings
+def status(settings: Settings, address: str | None, as_json: bool) -> None:
+    """Say which machines of a running cluster are up, what an hour of them costs, and which jobs there are."""
+    from raylm.cluster import jobs
+    from raylm.cluster.status import status as find
+    from raylm.cluster.status import status_table
+
+    found = find(jobs.connect(address), settings.prices)
+    click.echo(json.dumps(asdict(found) | {"price": found.price}, indent=2) if as_json else status_table(found))
+
+
+@click.command()
 @click.argument("file", type=click.Path(path_type=Path), required=False)
 @click.option("--to", "target", required=True, type=click.Choice(TARGETS), help="For which program.")
 @click.option("--run", "command", default="nightly", show_default=True, help="With rayjob: a command of raylm.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -148,6 +149,20 @@ def test_a_second_call_joins_the_job_that_runs(cluster: Cluster, scripts: Path) 
     assert "submitted" in err and "runs already: following it" in err_again
     third = ended(start(cluster, "submit", str(scripts / "wait.py")))
     assert third[2].split()[0].endswith("-2")
+
+
+def test_the_status_tells_machines_price_and_jobs(cluster: Cluster, scripts: Path) -> None:
+    submitted = ended(start(cluster, "submit", str(scripts / "fail.py")))[2].split()[0]
+    code, out, err = ended(start(cluster, "status", "--json", "--set", "prices.other=0.5"))
+    assert code == 0, err
+    found = json.loads(out)
+    [head] = [machines for machines in found["machines"] if machines["node_type"] == "head"]
+    assert (head["count"], head["cpus"], head["price"]) == (1, 2, 0.5)
+    assert found["price"] == 0.5 * sum(machines["count"] for machines in found["machines"])
+    [job] = [job for job in found["jobs"] if job["submission_id"] == submitted]
+    assert job["status"] == "FAILED" and job["entrypoint"].endswith("fail.py")
+    code, out, err = ended(start(cluster, "status"))
+    assert code == 0 and submitted in out, err
 
 
 def test_what_is_not_there_is_one_line(cluster: Cluster) -> None:
