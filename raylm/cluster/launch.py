@@ -16,14 +16,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from raylm.cluster.check import check
 from raylm.cluster.file import ClusterFile, read
 from raylm.cluster.jobs import Ended, connect, submit
 from raylm.cluster.launching import commands
-from raylm.errors import RaylmError, SettingsError
-from raylm.settings import load
+from raylm.errors import RaylmError, SettingsError, first_line
+from raylm.settings import JobSettings, load
 from raylm.storage import StoragePath
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
 
 _TOKEN = Path("~/.ray/auth_token")
 _DASHBOARD_PORT = 8_265
@@ -62,7 +66,8 @@ def run(
 ) -> Ended:
     """Run a script on a cluster that is made for it, and ended when the job is: also when that fails, or is stopped.
 
-    What the job prints is kept in `<storage>/jobs/<submission id>.log`.
+    What the job prints is kept in `<storage>/jobs/<submission id>.log`, and beside it what its machines have logged,
+    each in an archive.
 
     :raises RaylmError: the cluster cannot be made, or the job not be submitted.
     """
@@ -76,17 +81,35 @@ def run(
         try:
             up(path)
             with _dashboard(read(path)) as address:
-                ended = submit(connect(address), script, arguments, settings.job, heard, note)
+                client = connect(address)
+                ended = submit(client, script, arguments, settings.job, heard, note)
+                _keep_logs(client, ended.submission_id, settings.job, note)
         finally:
             with _unstoppable():
                 down(path)
     log = StoragePath(settings.storage) / "jobs" / f"{ended.submission_id}.log"
-    log.parent.mkdir()
-    log.write_bytes("".join(printed).encode())
+    try:
+        log.parent.mkdir()
+        log.write_bytes("".join(printed).encode())
+    except (RaylmError, OSError) as error:  # a storage that the cluster alone reaches
+        note(f"{log}: not written: {first_line(error)}")
     return ended
 
 
 # -------------------------------------------------------------------------------------------- helpers
+
+
+def _keep_logs(
+    client: JobSubmissionClient, submission_id: str, settings: JobSettings, note: Callable[[str], None]
+) -> None:
+    """Let the cluster itself bring its logs to storage; that it cannot is said, and fails nothing."""
+    said: list[str] = []
+    try:
+        ended = submit(client, "jobs/collect_logs.py", ["--name", submission_id], settings, said.append, said.append)
+        if ended.exit_code:
+            note(f"the machines' logs are lost: {' '.join(''.join(said).split())[-500:]}")
+    except RaylmError as error:
+        note(f"the machines' logs are lost: {error}")
 
 
 def _ensure_token() -> None:

@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,8 +51,12 @@ def test_a_cluster_ends_with_its_job_though_that_fails(unlaunched: Cluster) -> N
     assert "said this\n" in output
     assert unlaunched.processes() == []
     assert unlaunched.provider.non_terminated_nodes({}) == []
-    [log] = (unlaunched.storage / "jobs").iterdir()
-    assert log.name.startswith("raylm-job-") and "said this\n" in log.read_text()
+    machines, log = sorted((unlaunched.storage / "jobs").iterdir())
+    assert log.name == f"{machines.name}.log" and log.name.startswith("raylm-job-")
+    assert "said this\n" in log.read_text()
+    [archive] = machines.iterdir()
+    with tarfile.open(archive) as logs:
+        assert {"raylet.out", "gcs_server.out", f"job-driver-{machines.name}.log"} <= set(logs.getnames())
     assert stat.S_IMODE(unlaunched.token.stat().st_mode) == 0o600
 
 

@@ -165,7 +165,7 @@ def test_peak_is_found_within_its_time(precision: str) -> None:
     started = time.process_time()
     peak = measure_peak(torch.device("cpu"), dtype_of(precision))
     taken = time.process_time() - started
-    assert taken < 1.5 * torch.get_num_threads(), "a second of each thread"
+    assert taken < 5 * torch.get_num_threads(), "a second of each thread, or of one that shares its CPU"
     assert torch.equal(torch.get_rng_state(), state), "dropout would depend on the speed of the machine"
     # No product that a user could run is much faster than the best.
     left = torch.randn(1_024, 1_024, dtype=dtype_of(precision))

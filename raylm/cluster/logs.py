@@ -1,0 +1,59 @@
+"""Logs of a cluster's machines, kept on storage before the machines are gone."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+from raylm.errors import RaylmError, first_line
+from raylm.storage import StoragePath
+
+
+class Collected(NamedTuple):
+    """:param missed: machines whose logs could not be had, and why."""
+
+    machines: list[str]
+    missed: dict[str, str]
+
+
+def collect(place: StoragePath) -> Collected:
+    """Write what Ray and its workers have logged on each machine that is up: an archive of each, by its address.
+
+    :param place: a directory, made if need be.
+    :raises RaylmError: no machine's logs could be had.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    place.mkdir()
+    take = ray.remote(num_cpus=0, max_retries=0)(_archive)
+    tasks = {
+        node["NodeManagerAddress"]: take.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote((place / f"{node['NodeManagerAddress']}.tar.gz").address)
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+    machines, missed = [], {}
+    for address, task in tasks.items():
+        try:
+            ray.get(task)
+        except ray.exceptions.RayError as error:
+            missed[address] = first_line(error)
+        else:
+            machines.append(address)
+    if missed and not machines:
+        raise RaylmError(f"{place}: no logs: {next(iter(missed.values()))}")
+    return Collected(machines, missed)
+
+
+def _archive(address: str) -> None:
+    """Write this machine's logs to a file on storage."""
+    import ray._private.worker
+
+    logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
+    with StoragePath(address).writing() as sink, tarfile.open(fileobj=sink, mode="w|gz") as archive:
+        for file in sorted(logs.rglob("*")):
+            if file.is_file():
+                archive.add(file, file.relative_to(logs), recursive=False)
