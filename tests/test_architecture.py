@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "raylm"
 # From the ground up: a module may import from its own floor's room and from the floors below it.
 FLOORS = [
     {"errors"},
-    {"settings", "storage", "progress", "prices", "capacity", "lease"},
+    {"settings", "storage", "progress", "prices", "capacity", "lease", "auth"},
     {"tasks", "models", "metrics", "sentences", "language"},
     {"summary", "plots"},
     {"corpus", "training", "inference", "report"},

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from raylm.auth import ensure_token
 from raylm.capacity import NODE_IP
 from raylm.errors import RaylmError
 
@@ -63,10 +63,7 @@ def _use_own_token() -> None:
     if said or Path("~/.ray/auth_token").expanduser().exists():
         return
     token = Path("~/.cache/raylm/ray_token").expanduser()
-    if not token.exists():
-        token.parent.mkdir(parents=True, exist_ok=True)
-        with open(token, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-            file.write(secrets.token_hex(32))
+    ensure_token(token)
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
 
 

@@ -88,7 +88,9 @@ def _token(cluster: ClusterFile) -> Iterator[Finding]:
         path = Path(str(local)).expanduser()
         if not path.exists():
             yield cluster.error(
-                ("file_mounts", remote), f"there is no {local} on this machine", "make it, or take the line out"
+                ("file_mounts", remote),
+                f"there is no {local} on this machine",
+                "`raylm up` makes it" if path.name == "auth_token" else "make it, or take the line out",
             )
         elif "token" in path.name and path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             mode = stat.S_IMODE(path.stat().st_mode)

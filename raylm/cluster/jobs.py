@@ -27,6 +27,9 @@ _ANSWER_S = 120.0
 _FAILED, _STOPPED = 1, 130
 """Exit codes of a job that says none, and of one that somebody stopped."""
 
+DASHBOARD_PORT = 8_265
+"""Where Ray's dashboard and its Jobs API listen, where a cluster does not say another."""
+
 _CLIENT_LOG = "ray.dashboard.modules.job.sdk"
 """Where Ray's client tells of its own connections."""
 
@@ -49,7 +52,7 @@ def connect(address: str | None) -> JobSubmissionClient:
     _use_token()
     from ray.job_submission import JobSubmissionClient
 
-    where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
+    where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or f"http://127.0.0.1:{DASHBOARD_PORT}"
     try:
         return JobSubmissionClient(where)
     except ConnectionError as error:

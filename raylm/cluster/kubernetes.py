@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from raylm.cluster.file import ClusterFile
+from raylm.cluster.jobs import DASHBOARD_PORT
 from raylm.errors import SettingsError
 from raylm.settings import Settings, model_directory
 
@@ -20,7 +21,6 @@ _API = "ray.io/v1"
 _KEPT_S = 600
 """How long a job that has ended can still be looked at."""
 _SERVE_PORT = 8_000
-_DASHBOARD_PORT = 8_265
 
 Resource = dict[str, Any]
 
@@ -62,7 +62,7 @@ def ray_service(cluster: ClusterFile, settings: Settings) -> list[Resource]:
 def cron_job(cluster: ClusterFile, settings: Settings) -> list[Resource]:
     """Kubernetes' own cron job, which submits the night to a cluster that stays."""
     name = _name(cluster)
-    head = f"http://{name}-head-svc:{_DASHBOARD_PORT}"
+    head = f"http://{name}-head-svc:{DASHBOARD_PORT}"
     container = {
         "name": "raylm",
         "image": _image(cluster),

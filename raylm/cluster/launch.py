@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import signal
 import subprocess
 import sys
@@ -18,9 +17,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from raylm.auth import ensure_token
 from raylm.cluster.check import check
 from raylm.cluster.file import ClusterFile, read
-from raylm.cluster.jobs import Ended, connect, submit
+from raylm.cluster.jobs import DASHBOARD_PORT, Ended, connect, submit
 from raylm.cluster.launching import commands
 from raylm.errors import RaylmError, SettingsError, first_line
 from raylm.settings import JobSettings, load
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 _TOKEN = Path("~/.ray/auth_token")
-_DASHBOARD_PORT = 8_265
 _TUNNEL_S = 60.0
 
 
@@ -114,13 +113,8 @@ def _keep_logs(
 
 def _ensure_token() -> None:
     """A token that only this user can read; Ray itself would make one that all can."""
-    token = _TOKEN.expanduser()
     os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if token.exists():
-        return
-    token.parent.mkdir(parents=True, exist_ok=True)
-    with open(token, "w", opener=lambda place, flags: os.open(place, flags, 0o600)) as file:
-        file.write(secrets.token_hex(32))
+    ensure_token(_TOKEN.expanduser())
 
 
 def _ray(*words: str) -> None:
@@ -137,7 +131,7 @@ def _program() -> str:
 @contextlib.contextmanager
 def _dashboard(cluster: ClusterFile) -> Iterator[str]:
     """The address of a cluster's Jobs API: on this machine, or through a tunnel to the head."""
-    port = _DASHBOARD_PORT
+    port = DASHBOARD_PORT
     for _, text in commands(cluster, "head_start_ray_commands"):
         if found := re.search(r"--dashboard-port[= ](\d+)", text):
             port = int(found[1])
