@@ -15,15 +15,19 @@ MARKET = "ray.io/market-type"
 def machines(resource: str, topology: Topology | None) -> list[int]:
     """How much of a resource each machine has: of those that are up, or of all that may be, where those are more.
 
-    :param topology: of the cluster file that was read; it counts where the connected cluster is the one that
-        `ray up` made of it.
+    :param topology: of the cluster file that was read.
     """
     import ray
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    up = [int(node["Resources"].get(resource, 0)) for node in nodes]
-    types = {(node.get("Labels") or {}).get(NODE_TYPE) for node in nodes}
-    if topology is None or topology.head not in types:
+    up = [int(node["Resources"].get(resource, 0)) for node in ray.nodes() if node["Alive"]]
+    if topology is None or not is_of(topology):
         return up
     promised = [int(machine.get(resource, 0)) for machine in topology.machines]
     return promised if sum(promised) > sum(up) else up
+
+
+def is_of(topology: Topology) -> bool:
+    """Whether the connected cluster is one that `ray up` made of a file with these machines."""
+    import ray
+
+    return topology.head in {(node.get("Labels") or {}).get(NODE_TYPE) for node in ray.nodes() if node["Alive"]}

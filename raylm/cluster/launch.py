@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -135,12 +136,13 @@ def _dashboard(cluster: ClusterFile) -> Iterator[str]:
     for _, text in commands(cluster, "head_start_ray_commands"):
         if found := re.search(r"--dashboard-port[= ](\d+)", text):
             port = int(found[1])
-    address = f"http://127.0.0.1:{port}"
     if cluster.provider == "external":
-        yield address
+        yield f"http://127.0.0.1:{port}"
         return
+    near = _free_port()  # another cluster may be at the head's own here
+    address = f"http://127.0.0.1:{near}"
     tunnel = subprocess.Popen(
-        [_program(), "dashboard", "--port", str(port), str(cluster.path)],
+        [_program(), "dashboard", "--port", str(near), "--remote-port", str(port), str(cluster.path)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -157,6 +159,12 @@ def _dashboard(cluster: ClusterFile) -> Iterator[str]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(tunnel.pid, signal.SIGTERM)
         tunnel.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
 
 
 def _answers(address: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from raylm.cluster.file import ClusterFile
+from raylm.errors import SettingsError
 
 _FOUND = "/tmp/ray/prom_metrics_service_discovery.json"
 """Where a head keeps the addresses of its cluster's machines for Prometheus, as Ray documents it."""
@@ -68,7 +69,12 @@ def metrics_of(row: str) -> set[str]:
 
 
 def prometheus(cluster: ClusterFile) -> str:
-    """For `prometheus.yml` on the head; of a cluster on Kubernetes, a PodMonitor for the Prometheus operator."""
+    """For `prometheus.yml` on the head; of a cluster on Kubernetes, a PodMonitor for the Prometheus operator.
+
+    :raises SettingsError: its machines are processes of this one, each with logs and addresses in a place of its own.
+    """
+    if cluster.provider == "external":
+        raise SettingsError(f"{cluster.path}: machines that are processes of this one are not for Prometheus to watch")
     name = str(cluster.get("cluster_name"))
     if cluster.provider == "kuberay":
         monitor = {

@@ -20,11 +20,14 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-from raylm.errors import RaylmError
+from raylm.errors import RaylmError, first_line
 
 _POLL_S = 5.0
 _TIMEOUT_S = 2.0
 _GOOGLE_S = 30.0
+
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""A proxy would ask about itself."""
 
 PLACES = {
     "aws": "http://169.254.169.254",
@@ -48,20 +51,17 @@ def notice_of(cloud: str, place: str) -> float | None:
 def watch(cloud: str, place: str, drain: Callable[[float], None], note: Callable[[str], None]) -> None:
     """Wait for the notice, and drain; returns when that is done."""
     note(f"watching for a notice of {cloud} at {place}")
-    was_silent = False
+    last = ""
     while True:
         try:
             seconds = notice_of(cloud, place)
-        except OSError as error:
-            if not was_silent:
-                note(f"no answer from {place}: {error}; trying on")
-            was_silent = True
-        else:
-            was_silent = False
             if seconds is not None:
                 note(f"this machine will be taken away in {seconds:.0f} s")
                 drain(seconds)
                 return
+        except (RaylmError, RuntimeError, OSError, ValueError, KeyError) as error:  # the head may be on its way back
+            if last != (last := first_line(error)):
+                note(f"{last}; trying on")
         time.sleep(_POLL_S)
 
 
@@ -123,7 +123,7 @@ def _ask(url: str, headers: Mapping[str, str], method: str = "GET") -> str | Non
     """What a metadata service says; None for what it does not have."""
     request = urllib.request.Request(url, headers=dict(headers), method=method)
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+        with _OPENER.open(request, timeout=_TIMEOUT_S) as answer:
             return str(answer.read().decode())
     except urllib.error.HTTPError as error:
         if error.code == 404:

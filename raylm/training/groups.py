@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from raylm.capacity import machines
+from raylm.capacity import is_of, machines
 from raylm.errors import RaylmError, TrainingError
 from raylm.progress import Progress
 from raylm.settings import FinetuneSettings, PretrainSettings, Topology
@@ -80,6 +80,8 @@ def choose_width(
         kind = "GPUs" if gpus else "CPUs"
         beside = f", {cpus_for_data} CPU of which {training.section}.stream needs" if cpus_for_data else ""
         raise TrainingError(f"{training.section}.workers is {least}, the cluster has {gpus or cpus} {kind}{beside}")
+    if topology and is_of(topology):
+        most = min(most, have)  # an autoscaler that cannot bring all that is asked for brings nothing
     is_elastic = least < most
     each = 1 if gpus or is_elastic else _cpus_each(machines("CPU", topology), least, cpus_for_data)
     return Width(least, most, bool(gpus), each)

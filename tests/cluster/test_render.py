@@ -223,6 +223,8 @@ def test_prometheus_is_told_where_the_machines_are() -> None:
     monitor = yaml.safe_load(render(KUBERAY, "prometheus"))
     assert monitor["kind"] == "PodMonitor"
     assert monitor["spec"]["selector"]["matchLabels"] == {"ray.io/cluster": "raylm"}
+    with pytest.raises(SettingsError, match=r"local.yaml: machines that are processes"):
+        render(CLUSTERS / "local.yaml", "prometheus")
 
 
 def test_the_dashboard_draws_every_panel_once_and_none_over_another() -> None:

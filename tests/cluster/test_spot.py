@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ray.autoscaler.tags import TAG_RAY_USER_NODE_TYPE
 from raylm.cluster.file import OWN_PROVIDERS
 from raylm.cluster.providers.processes import ProcessNodeProvider
 from raylm.cluster.providers.spot import STANDS_IN, Attempts, SpotFallback
+from raylm.errors import SettingsError
 from raylm.settings import Settings
 from tests.cluster.conftest import Cluster
 from tests.cluster.flaky import ATTEMPTS
@@ -32,35 +34,33 @@ WORKER = {TAG_RAY_USER_NODE_TYPE: "spot", "ray-node-type": "worker"}
 
 
 class Clock:
-    """A time that passes only where something sleeps."""
+    """A time that passes only where it is told to."""
 
     def __init__(self) -> None:
         self.now = 1_000.0
-        self.slept: list[float] = []
 
     def __call__(self) -> float:
         return self.now
 
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        if seconds:
-            self.slept.append(seconds)
-
     def attempts(self) -> Attempts:
-        return Attempts(self, self.sleep)
+        return Attempts(self)
 
 
 class Market(ProcessNodeProvider):
-    """Has as many spot machines as it is told."""
+    """Has as many spot machines as it is told; more are refused after those have been made, as Google and Azure do."""
 
     spot = 0
+    asked = 0
 
     def create_node(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> dict[str, Any]:
-        if node_config["market"] == "spot":
-            if not self.spot:
-                raise RuntimeError("no capacity")
-            count, self.spot = min(count, self.spot), max(self.spot - count, 0)
-        return super().create_node(node_config, tags, count)
+        if node_config["market"] != "spot":
+            return super().create_node(node_config, tags, count)
+        self.asked += 1
+        made = super().create_node(node_config, tags, min(count, self.spot)) if self.spot else {}
+        self.spot -= len(made)
+        if len(made) < count:
+            raise RuntimeError("no capacity")
+        return made
 
 
 class Provider(SpotFallback, Market):
@@ -81,60 +81,86 @@ def provider(clock: Clock) -> Iterator[Provider]:
     shutil.rmtree(provider._place)
 
 
-def launch(provider: Provider, count: int) -> list[str | None]:
-    """Which type stands in for each of so many spot machines; None for one that is spot."""
-    made = provider.create_node(NODE_TYPES["spot"]["node_config"], WORKER, count)
-    return [provider.node_tags(node).get(STANDS_IN) for node in made]
+def launch(provider: Provider, clock: Clock, count: int) -> list[str | None]:
+    """Which type stands in for each of so many spot machines, None for one that is spot; asked as often as Ray does.
+
+    What a refused call has made counts for it.
+    """
+    before = set(provider.non_terminated_nodes({}))
+    for _ in range(200):
+        missing = count - len(set(provider.non_terminated_nodes({})) - before)
+        if not missing:
+            break
+        with suppress(NodeLaunchException):
+            provider.create_node(NODE_TYPES["spot"]["node_config"], WORKER, missing)
+        clock.now += 1
+    made = set(provider.non_terminated_nodes({})) - before
+    return sorted((provider.node_tags(node).get(STANDS_IN) for node in made), key=str)
 
 
 def test_attempts_are_three_in_any_minute() -> None:
     clock = Clock()
     attempts, at = clock.attempts(), []
     for _ in range(12):
-        attempts.wait()
+        clock.now += attempts.due_s
         at.append(clock.now)
         attempts.failed()
     assert at[:4] == [1_000, 1_005, 1_015, 1_060]
     assert all(later - earlier >= 60 for earlier, later in zip(at, at[3:], strict=False))
     attempts.succeeded()
-    before = clock.now
-    attempts.wait()
-    assert clock.now - before <= 60
+    assert attempts.due_s <= 60
 
 
 def test_on_demand_stands_in_after_three_attempts_and_then_at_once(provider: Provider, clock: Clock) -> None:
-    assert launch(provider, 1) == ["steady"]
-    assert clock.slept == [5, 10]
-    assert launch(provider, 1) == ["steady"]
-    assert clock.slept == [5, 10]
+    assert launch(provider, clock, 1) == ["steady"]
+    assert (provider.asked, clock.now) == (3, 1_016)
+    assert launch(provider, clock, 1) == ["steady"]
+    assert (provider.asked, clock.now) == (3, 1_017)
 
 
 def test_spot_is_asked_for_again_after_its_rest(provider: Provider, clock: Clock) -> None:
-    launch(provider, 1)
+    launch(provider, clock, 1)
     provider.spot = 1
-    assert launch(provider, 1) == ["steady"]
+    assert launch(provider, clock, 1) == ["steady"]
     clock.now += 15 * 60
-    assert launch(provider, 1) == [None]
+    assert launch(provider, clock, 1) == [None]
 
 
-def test_spot_machines_that_there_are_are_taken_first(provider: Provider) -> None:
+def test_spot_machines_that_there_are_are_taken_and_none_is_made_too_many(provider: Provider, clock: Clock) -> None:
     provider.spot = 1
-    assert sorted(map(str, launch(provider, 2))) == ["None", "steady"]
+    assert launch(provider, clock, 2) == [None, "steady"]
+    assert len(provider.non_terminated_nodes({})) == 2
 
 
-def test_no_more_stand_in_than_the_type_allows(provider: Provider) -> None:
-    assert launch(provider, 2) == ["steady", "steady"]
-    with pytest.raises(NodeLaunchException, match="stand in for spot, whose max_workers leaves 0"):
-        launch(provider, 1)
+def test_no_more_stand_in_than_the_type_allows(provider: Provider, clock: Clock) -> None:
+    assert launch(provider, clock, 3) == ["steady", "steady"]
+    with pytest.raises(
+        NodeLaunchException, match="1 machines of steady were to stand in for spot, its max_workers lea"
+    ):
+        provider.create_node(NODE_TYPES["spot"]["node_config"], WORKER, 1)
     provider.terminate_node(provider.non_terminated_nodes({STANDS_IN: "steady"})[0])
-    assert launch(provider, 1) == ["steady"]
+    assert launch(provider, clock, 1) == ["steady"]
 
 
-def test_other_types_are_made_as_ever(provider: Provider, clock: Clock) -> None:
+def test_a_machine_whose_type_is_gone_from_the_file_is_still_reached(provider: Provider, clock: Clock) -> None:
+    launch(provider, clock, 1)
+    [node] = provider.non_terminated_nodes({STANDS_IN: "steady"})
+    provider._node_types.clear()
+    assert provider.get_command_runner("", node).run("echo here", with_output=True) == "here\n"
+
+
+def test_a_type_that_there_is_not_is_named() -> None:
+    config = {"available_node_types": NODE_TYPES, "provider": {}, "metadata": {"raylm": {"spot": {
+        "fallback": {"spot": "stedy"}}}}}  # fmt: skip
+    with pytest.raises(SettingsError, match=r"there is no node type 'stedy'; known: head, spot, steady"):
+        Provider.bootstrap_config(config)
+
+
+def test_other_types_are_made_as_ever(provider: Provider) -> None:
     tags = {TAG_RAY_USER_NODE_TYPE: "steady", "ray-node-type": "worker"}
     [node] = provider.create_node(NODE_TYPES["steady"]["node_config"], tags, 1)
     assert STANDS_IN not in provider.node_tags(node)
-    assert clock.slept == []
+    assert provider.asked == 0
 
 
 @pytest.mark.parametrize("cloud", OWN_PROVIDERS)
