@@ -3,7 +3,7 @@
 
     ray job submit --working-dir . jobs/collect_logs.py
 
-Takes the arguments of `raylm cluster collect`, such as `--name monday`; see `raylm cluster collect --help`.
+Takes the arguments of `raylm collect-logs`, such as `--name monday`; see `raylm collect-logs --help`.
 """
 
 import sys
@@ -11,4 +11,4 @@ import sys
 from raylm.cli import main
 
 if __name__ == "__main__":
-    main(["cluster", "collect", *sys.argv[1:]])
+    main(["collect-logs", *sys.argv[1:]])

@@ -28,6 +28,6 @@ def test_a_job_is_a_short_runnable_script_with_its_command(job: Path) -> None:
 
 def test_every_stage_has_its_job() -> None:
     assert {job.stem for job in JOBS} == {
-        "prepare", "pretrain", "finetune", "evaluate", "export", "serve", "nightly",
+        "prepare", "pretrain", "finetune", "evaluate", "export", "serve", "nightly", "collect_logs",
         "batch_translate", "batch_summarize", "batch_generate", "batch_classify", "batch_answer",
     }  # fmt: skip

@@ -12,7 +12,7 @@ import click
 from raylm import __version__
 from raylm import settings as settings_module
 from raylm.cli import inference
-from raylm.cli.cluster import cluster, down, logs, nightly, render, run, status, submit, up
+from raylm.cli.cluster import cluster, collect_logs, down, logs, nightly, render, run, status, submit, up
 from raylm.cli.options import json_option, print_manifest, with_settings
 from raylm.cli.session import ray_session
 from raylm.errors import RaylmError
@@ -128,7 +128,7 @@ def export(settings: Settings, as_json: bool) -> None:
 for command in (
     inference.batch_translate, inference.batch_summarize, inference.batch_generate, inference.batch_classify,
     inference.batch_answer, inference.serve, inference.serve_key,
-    cluster, up, down, status, submit, logs, run, nightly, render,
+    cluster, up, down, status, submit, logs, collect_logs, run, nightly, render,
 ):  # fmt: skip
     main.add_command(command)
 

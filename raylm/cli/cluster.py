@@ -66,22 +66,6 @@ def plan(file: Path, as_json: bool) -> None:
 
 
 @cluster.command()
-@click.option("--name", help="Of the directory below <storage>/jobs. Default: the time.")
-@with_settings
-def collect(settings: Settings, name: str | None) -> None:
-    """Keep the logs of all machines of the running cluster on storage, an archive of each."""
-    from raylm.cluster.logs import collect as take
-    from raylm.storage import StoragePath
-
-    place = StoragePath(settings.storage) / "jobs" / (name or f"logs-{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}")
-    with ray_session():
-        collected = take(place)
-    for machine, reason in collected.missed.items():
-        click.echo(f"{machine}: {reason}", err=True)
-    click.echo(f"logs of {len(collected.machines)} machines: {place}")
-
-
-@cluster.command()
 @click.argument("cloud", type=click.Choice(CLOUDS))
 @click.option("--address", required=True, help="Of the cluster: host:port of its head.")
 @click.option("--node-ip", help="This machine's address, as Ray has it. Default: what Ray finds.")
@@ -151,6 +135,22 @@ def run(file: Path, script: str, arguments: tuple[str, ...]) -> None:
         file, script, arguments, lambda text: click.echo(text, nl=False), lambda text: click.echo(text, err=True)
     )
     sys.exit(ended.exit_code)
+
+
+@click.command()
+@click.option("--name", help="Of the directory below <storage>/jobs. Default: the time.")
+@with_settings
+def collect_logs(settings: Settings, name: str | None) -> None:
+    """Keep the logs of all machines of the running cluster on storage, an archive of each."""
+    from raylm.cluster.logs import collect
+    from raylm.storage import StoragePath
+
+    place = StoragePath(settings.storage) / "jobs" / (name or f"logs-{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}")
+    with ray_session():
+        collected = collect(place)
+    for machine, reason in collected.missed.items():
+        click.echo(f"{machine}: {reason}", err=True)
+    click.echo(f"logs of {len(collected.machines)} machines: {place}")
 
 
 @click.command()
