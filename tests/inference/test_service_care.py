@@ -214,4 +214,6 @@ def test_a_lone_row_that_kills_is_an_error(tmp_path: Path, model_directory: Path
     errors = pq.read_table(tmp_path / "t.translated.parquet")["error"].to_pylist()
     assert [number for number, error in enumerate(errors) if error] == [20]
     assert "stopped its worker" in errors[20]
-    assert [name for name in metrics_of("Service") if name not in found.stdout] == []
+    # Ray tells a gauge while it is set: this one while requests come.
+    names = metrics_of("Service") - {"ray_raylm_open_requests"}
+    assert [name for name in names if name not in found.stdout] == []
