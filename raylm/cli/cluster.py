@@ -13,10 +13,10 @@ import click
 
 from raylm.cli.options import with_settings
 from raylm.cli.session import ray_session
+from raylm.cluster.file import CLOUDS
 from raylm.progress import duration
 from raylm.settings import Settings, find_cluster_file
 
-CLOUDS = ("aws", "gcp", "azure")
 TARGETS = (
     "crontab", "systemd", "airflow", "raycluster", "rayjob", "raycronjob", "rayservice", "k8s-cronjob", "prometheus",
     "grafana",
@@ -178,7 +178,7 @@ def status(settings: Settings, address: str | None, as_json: bool) -> None:
     from raylm.cluster.status import status_table
 
     found = find(jobs.connect(address), settings.prices)
-    click.echo(json.dumps(asdict(found) | {"price": found.price}, indent=2) if as_json else status_table(found))
+    click.echo(json.dumps(asdict(found), indent=2) if as_json else status_table(found))
 
 
 @click.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any, NamedTuple
 
 import yaml
@@ -61,11 +60,6 @@ DASHBOARD: dict[str, tuple[Panel, ...]] = {
         Panel("Memory", "bytes", (("ray_node_mem_used", "{{instance}}"),)),
     ),
 }  # fmt: skip
-
-
-def metrics_of(row: str) -> set[str]:
-    """The names that the panels of a row ask for."""
-    return {name for panel in DASHBOARD[row] for query, _ in panel.queries for name in re.findall(r"ray_\w+", query)}
 
 
 def prometheus(cluster: ClusterFile) -> str:

@@ -49,16 +49,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Status:
-    """:param jobs: the newest ones, the last one first."""
+    """:param price: of an hour of all machines; None where one has no price.
+    :param jobs: the newest ones, the last one first.
+    """
 
     machines: list[Machines]
+    price: float | None
     jobs: list[Job]
-
-    @property
-    def price(self) -> float | None:
-        """Of an hour of all machines."""
-        prices = [group.price for group in self.machines]
-        return None if None in prices else sum(price for price in prices if price is not None)
 
 
 def status(client: JobSubmissionClient, prices: Mapping[str, float]) -> Status:
@@ -66,7 +63,9 @@ def status(client: JobSubmissionClient, prices: Mapping[str, float]) -> Status:
 
     :raises RaylmError: the cluster does not say.
     """
-    return Status(_machines(client, prices), _jobs(client))
+    machines = _machines(client, prices)
+    price = price_of([group.node_type for group in machines for _ in range(group.count)], prices)
+    return Status(machines, price, _jobs(client))
 
 
 def _machines(client: JobSubmissionClient, prices: Mapping[str, float]) -> list[Machines]:

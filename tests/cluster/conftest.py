@@ -94,9 +94,13 @@ class Cluster:
             assert up.returncode == 0, up.stdout + up.stderr
             yield
         finally:
-            for node in self.provider.non_terminated_nodes({}):
-                self.provider.terminate_node(node)
-            shutil.rmtree(self.provider.directory(f"{self.name}-2").parent, ignore_errors=True)
+            self.end()
+
+    def end(self) -> None:
+        """Leave nothing of it, whether it is up or not."""
+        for node in self.provider.non_terminated_nodes({}):
+            self.provider.terminate_node(node)
+        shutil.rmtree(self.provider.directory(f"{self.name}-2").parent, ignore_errors=True)
 
     def workers(self) -> list[str]:
         return self.provider.non_terminated_nodes({"ray-node-type": "worker"})

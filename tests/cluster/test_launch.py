@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import stat
 import subprocess
@@ -28,9 +27,7 @@ def unlaunched(tmp_path: Path, small_settings: Settings) -> Iterator[Cluster]:
     cluster = Cluster(tmp_path, small_settings, network="127.77.3")
     cluster.token.unlink()
     yield cluster
-    for node in cluster.provider.non_terminated_nodes({}):
-        cluster.provider.terminate_node(node)
-    shutil.rmtree(cluster.provider.directory(f"{cluster.name}-2").parent, ignore_errors=True)
+    cluster.end()
 
 
 def run(cluster: Cluster, script: str, *arguments: str) -> subprocess.Popen[str]:

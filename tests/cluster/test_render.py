@@ -15,10 +15,10 @@ import yaml
 from click.testing import CliRunner
 
 from raylm.cli import main
-from raylm.cluster.monitoring import metrics_of
 from raylm.cluster.render import on_calendar, render
 from raylm.errors import SettingsError
 from raylm.settings import Settings, Topology
+from tests.cluster.panels import metrics_of
 from tests.conftest import DATA
 
 CLUSTERS = Path(__file__).parents[2] / "clusters"

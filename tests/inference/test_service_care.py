@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from raylm.cluster.monitoring import metrics_of
 from raylm.errors import RaylmError
 from raylm.inference.batch import run_batch
 from raylm.inference.service.keys import add_key
@@ -28,6 +27,7 @@ from raylm.settings import ServeSettings, Settings
 from raylm.storage import StoragePath
 from raylm.tasks import TRANSLATE
 from tests.browser import live_page
+from tests.cluster.panels import metrics_of
 from tests.conftest import REPOSITORY
 
 DECODE = {"compute_type": "float32"}

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from raylm.cluster.monitoring import metrics_of
 from raylm.settings import Settings
 from raylm.storage import StoragePath
 from raylm.training.telemetry import MEANINGS, MetricsLog, Window, read_metrics
+from tests.cluster.panels import metrics_of
 
 NO_MLFLOW = "needs mlflow: pip install 'raylm[tracking]'"
 
