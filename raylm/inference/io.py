@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import threading
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -21,6 +24,9 @@ from raylm.inference.tabular import PREPARED_ROWS, prepare
 from raylm.storage import StoragePath, find_files, fingerprint
 
 Format = Literal["parquet", "arrow", "jsonl", "csv", "po"]
+
+_READ_BYTES = 2 << 20
+"""Of a Parquet column at a time."""
 
 FORMATS: dict[str, Format] = {
     ".parquet": "parquet",
@@ -230,7 +236,7 @@ def read_fields(table: InputTable, columns: Sequence[str], start: int, stop: int
 
     :param is_worded: the values stand among words, where numbers and dates are as good as text.
 
-    A process that reads range after range of a Parquet file decodes each row group's column once.
+    A process that reads range after range of a Parquet file decodes each column once.
 
     :raises InputError: the file became unreadable.
     """
@@ -249,20 +255,12 @@ def read_fields(table: InputTable, columns: Sequence[str], start: int, stop: int
 
 def _cells(table: InputTable, columns: Sequence[str], start: int, stop: int) -> list[list[Any]]:
     """The values of each column in the rows [start, stop)."""
-    cells: list[list[Any]] = [[] for _ in columns]
     if table.prepared is None:
-        file = table.file
         try:
-            with file.place.open_input() as stream:
-                groups = _row_groups(pq.ParquetFile(stream))
-            for group, first, rows in groups:
-                if first < stop and start < first + rows:
-                    low, high = max(start - first, 0), min(stop - first, rows)
-                    for values, column in zip(cells, columns, strict=True):
-                        values += _to_texts(_column(file.uri, file.mtime_ns, group, column).slice(low, high - low))
+            return _reader(table.file.uri, table.file.mtime_ns, tuple(columns)).take(start, stop)
         except (pa.ArrowException, OSError) as error:
-            raise _unreadable(file, error) from error
-        return cells
+            raise _unreadable(table.file, error) from error
+    cells: list[list[Any]] = [[] for _ in columns]
     for batch in _prepared_rows(table, start, stop):
         if table.file.format == "jsonl":
             objects = [json.loads(line) for line in batch["line"].to_pylist()]
@@ -291,23 +289,79 @@ def _problem(value: Any) -> str | None:
 _JSON_NAMES = {bool: "boolean", int: "number", float: "number", list: "array", dict: "object"}
 
 
-def _row_groups(parquet: pq.ParquetFile) -> list[tuple[int, int, int]]:
-    """(index, first row, rows) of each row group."""
-    groups, first = [], 0
-    for index in range(parquet.metadata.num_row_groups):
-        rows = parquet.metadata.row_group(index).num_rows
-        groups.append((index, first, rows))
-        first += rows
-    return groups
+class _ParquetReader:
+    """Columns of a Parquet file, read by ranges of rows that mostly follow one another.
+
+    What lies between is passed over page by page, so that no row group, however large, is ever held as a whole. Several
+    threads may take.
+    """
+
+    def __init__(self, place: StoragePath, columns: Sequence[str]) -> None:
+        self._place, self._columns = place, list(columns)
+        self._turn = threading.Lock()
+        self._first: list[int] = []
+        """The first row of each row group."""
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._held: pa.RecordBatch | None = None
+        """What is left of the batch that was read last."""
+        self._next = 0
+        """The row that the held batch begins with."""
+
+    def take(self, start: int, stop: int) -> list[list[Any]]:
+        """The values of each column in the rows [start, stop)."""
+        with self._turn:
+            cells: list[list[Any]] = [[] for _ in self._columns]
+            try:
+                self._go_to(start)
+                while part := self._read(stop):
+                    for values, column in zip(cells, self._columns, strict=True):
+                        values += _to_texts(part[column])
+            except BaseException:
+                self._held = None  # what a failed read leaves is not gone on with
+                raise
+            return cells
+
+    def _go_to(self, row: int) -> None:
+        """Pass over the rows before one, from the beginning of its row group where that is shorter."""
+        group = bisect_right(self._first, row) - 1
+        if self._held is None or row < self._next or self._first[group] > self._next:
+            parquet = open_parquet(self._place)
+            sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.metadata.num_row_groups)]
+            self._first = [0, *accumulate(sizes[:-1])]
+            group = bisect_right(self._first, row) - 1
+            self._batches = self._batches_from(parquet, group)
+            self._held, self._next = next(self._batches), self._first[group]
+        while self._read(row):
+            pass
+
+    def _batches_from(self, parquet: pq.ParquetFile, group: int) -> Iterator[pa.RecordBatch]:
+        columns = list(dict.fromkeys(self._columns))
+        for number in range(group, parquet.metadata.num_row_groups):
+            yield from parquet.iter_batches(PREPARED_ROWS, row_groups=[number], columns=columns)
+
+    def _read(self, stop: int) -> pa.RecordBatch | None:
+        """The next rows, as many as are at hand before another one; None where that is the next."""
+        if self._next >= stop or self._held is None:
+            return None
+        if not self._held.num_rows:
+            self._held = next(self._batches)
+        part = self._held.slice(0, stop - self._next)
+        self._held = self._held.slice(part.num_rows)
+        self._next += part.num_rows
+        return part
 
 
-@lru_cache(maxsize=4)
-def _column(uri: str, mtime_ns: int, group: int, column: str) -> pa.ChunkedArray:
-    with StoragePath(uri).open_input() as stream:
-        return pq.ParquetFile(stream).read_row_group(group, columns=[column])[column]
+@lru_cache(maxsize=2)
+def _reader(uri: str, mtime_ns: int, columns: tuple[str, ...]) -> _ParquetReader:
+    return _ParquetReader(StoragePath(uri), columns)
 
 
-def _to_texts(cells: pa.ChunkedArray) -> list[Any]:
+def open_parquet(place: StoragePath) -> pq.ParquetFile:
+    """A file whose columns are read a page or two at a time, as they are asked for."""
+    return pq.ParquetFile(place.filesystem.open_input_file(place.path), buffer_size=_READ_BYTES, pre_buffer=False)
+
+
+def _to_texts(cells: pa.Array) -> list[Any]:
     """The cells as str; one that is not UTF-8 stays bytes."""
     try:
         values: list[Any] = cells.to_pylist()
@@ -350,11 +404,10 @@ def read_rows(table: InputTable, rows: int) -> Iterator[pa.RecordBatch]:
         return
     left = rows
     try:
-        with table.file.place.open_input() as stream:
-            for batch in pq.ParquetFile(stream).iter_batches(batch_size=PREPARED_ROWS):
-                if left <= 0:
-                    return
-                yield batch.slice(0, left)
-                left -= batch.num_rows
+        for batch in open_parquet(table.file.place).iter_batches(batch_size=PREPARED_ROWS, use_threads=False):
+            if left <= 0:
+                return
+            yield batch.slice(0, left)
+            left -= batch.num_rows
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(table.file, error) from error

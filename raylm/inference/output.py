@@ -21,7 +21,7 @@ from raylm.inference.io import Format, InputTable, read_rows
 from raylm.inference.tabular import new_arrow_file, typed_rows, unmarked
 from raylm.storage import StoragePath
 
-_GROUP_ROWS = 65_536
+_GROUP_ROWS = 32_768
 _GROUP_BYTES = 64 << 20
 
 
@@ -122,6 +122,8 @@ class _ParquetWriter:
             table = pa.Table.from_batches(self._held, self._schema)
             self._writer.write_table(table, row_group_size=max(table.num_rows, 1))
             self._held = []
+            del table
+            pa.default_memory_pool().release_unused()
 
     def close(self) -> None:
         self._flush()

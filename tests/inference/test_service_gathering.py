@@ -12,16 +12,20 @@ from raylm.inference.service.gathering import Gathering
 
 
 def gathering(batches: list[list[int]], gate: threading.Event, most: int = 10) -> Gathering[int, int]:
-    """Doubles numbers, whose sizes they are, once the gate is open."""
+    """Doubles numbers, whose sizes they are, on a thread, once the gate is open."""
+    thread = ThreadPoolExecutor(1)
 
-    def work(numbers: list[int]) -> list[int | Exception]:
+    async def work(numbers: list[int]) -> list[int | Exception]:
+        return await asyncio.get_running_loop().run_in_executor(thread, doubled, numbers)
+
+    def doubled(numbers: list[int]) -> list[int | Exception]:
         gate.wait(10)
         batches.append(numbers)
         if 13 in numbers and len(numbers) == 1:
             raise ZeroDivisionError
         return [ValueError(number) if number == 7 else 2 * number for number in numbers]
 
-    return Gathering(work, ThreadPoolExecutor(1), lambda number: number, most, 0.01)
+    return Gathering(work, lambda number: number, most, 0.01)
 
 
 def test_what_comes_while_others_are_worked_on_goes_together() -> None:
@@ -71,3 +75,51 @@ def test_an_error_is_that_of_its_request() -> None:
 
     one, seven, two, three = asyncio.run(main())
     assert (one, two, three) == (2, 4, 6) and isinstance(seven, ValueError)
+
+
+def test_lanes_are_used_before_anything_gathers_and_what_is_full_needs_none() -> None:
+    batches: list[list[int]] = []
+
+    async def main() -> None:
+        gate = asyncio.Event()
+
+        async def work(numbers: list[int]) -> list[int]:
+            batches.append(numbers)
+            await gate.wait()
+            return numbers
+
+        together: Gathering[int, int] = Gathering(work, lambda _: 1, 3, lanes=lambda: 2, is_open=True)
+        tasks = [asyncio.create_task(together.result(number)) for number in range(7)]
+        await asyncio.sleep(0.01)
+        assert batches == [[0], [1], [2, 3, 4]], "5 and 6 wait"
+        gate.set()
+        assert await asyncio.gather(*tasks) == list(range(7))
+
+    asyncio.run(main())
+    assert batches == [[0], [1], [2, 3, 4], [5, 6]]
+
+
+def test_work_that_nobody_waits_for_is_cancelled() -> None:
+    cancelled: list[list[int]] = []
+
+    async def main() -> None:
+        async def work(numbers: list[int]) -> list[int]:
+            try:
+                await asyncio.sleep(10)
+            except asyncio.CancelledError:
+                cancelled.append(numbers)
+                raise
+            return numbers
+
+        together: Gathering[int, int] = Gathering(work, lambda _: 1, 2, wait_s=0.01)
+        one, two, three = (asyncio.create_task(together.result(number)) for number in (1, 2, 3))
+        await asyncio.sleep(0.05)
+        one.cancel()
+        await asyncio.sleep(0.01)
+        assert cancelled == [], "the second still waits"
+        two.cancel()
+        await asyncio.sleep(0.01)
+        assert cancelled == [[1, 2]] and not three.done()
+        three.cancel()
+
+    asyncio.run(main())

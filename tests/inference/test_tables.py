@@ -223,6 +223,22 @@ def test_only_the_row_groups_of_a_range_are_read(tmp_path: Path) -> None:
         read_fields(table, ["text"], 299, 301)
 
 
+def test_a_large_row_group_is_read_page_by_page(tmp_path: Path) -> None:
+    file = tmp_path / "t.parquet"
+    texts = [f"{n} " * 1_000 for n in range(2_000)]
+    pq.write_table(pa.table({"text": texts}), file, compression="none", use_dictionary=False, data_page_size=100_000)
+    column = pq.ParquetFile(file).metadata.row_group(0).column(0)
+    content = bytearray(file.read_bytes())
+    stop = column.data_page_offset + column.total_compressed_size
+    content[stop - 1_000_000 : stop] = b"\xff" * 1_000_000
+    file.write_bytes(content)
+    table = opened(file, tmp_path)
+    for start, end in ((0, 300), (900, 950), (300, 500)):
+        assert read_fields(table, ["text"], start, end).values == [(text,) for text in texts[start:end]]
+    with pytest.raises(InputError, match=r"t\.parquet: not readable as parquet"):
+        read_fields(table, ["text"], 500, 2_000)
+
+
 def test_bytes_that_are_no_text_are_a_problem_of_their_row(tmp_path: Path) -> None:
     cells = pa.array([b"good", b"\xff\xfe", None], pa.binary())
     broken = pa.StringArray.from_buffers(3, cells.buffers()[1], cells.buffers()[2], cells.buffers()[0])

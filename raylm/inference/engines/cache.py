@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from raylm.inference.answers import Decoder, Output
 from raylm.inference.prompts import Fields, Prompt
 
-_MOST_BYTES = 16_000_000
+_MOST_BYTES = 8_000_000
 """Of all rows and answers that are remembered."""
 _ENTRY_BYTES = 600
 """Of the objects around a row and its answer."""

@@ -44,7 +44,7 @@ class CTranslateEngine(TextEngine):
     def __init__(self, model: ModelInfo, settings: DecodeSettings, device: Device = "cpu", threads: int = 1) -> None:
         import ctranslate2
 
-        super().__init__(model, settings)
+        super().__init__(model, settings, device)
         compute_type = compute_type_for(settings, device)
         if settings.temperature:
             ctranslate2.set_random_seed(settings.seed)
@@ -66,7 +66,7 @@ class CTranslateEngine(TextEngine):
         :raises ArtifactError: the model's vocabulary lacks a token of the prompt.
         """
         run = self._write_on if self.model.kind == "decoder" else partial(self._translate, prompt.target_code)
-        return in_batches(rows, self._encoder(prompt), run, self.settings.batch_tokens, self._is_distinct, self._turn)
+        return in_batches(rows, self._encoder(prompt), run, self._batch_tokens, self._is_distinct, self._turn)
 
     def _translate(self, target_code: str | None, batch: list[Source]) -> list[Output]:
         results = self._model.translate_batch(

@@ -62,13 +62,13 @@ class ClassifierEngine(TextEngine):
     """A loaded model that gives a text one of its labels. What is learned to give several gives the likeliest."""
 
     def __init__(self, model: ModelInfo, settings: DecodeSettings, device: Device = "cpu", threads: int = 1) -> None:
-        super().__init__(model, settings)
+        super().__init__(model, settings, device)
         self._model = load_for_inference(model, settings, device, threads)
         self._labels = [str(self._model.config.id2label[number]) for number in range(self._model.config.num_labels)]
 
     def decode(self, rows: Sequence[Fields], prompt: Prompt) -> list[Output]:
         """The likeliest label of each row with its probability, in the order of the rows; see `in_batches`."""
-        return in_batches(rows, self._encoder(prompt), self._label, self.settings.batch_tokens, turn=self._turn)
+        return in_batches(rows, self._encoder(prompt), self._label, self._batch_tokens, turn=self._turn)
 
     def _label(self, batch: list[Source]) -> list[Output]:
         import torch
@@ -90,7 +90,7 @@ class GenerationEngine(TextEngine):
     """A loaded encoder-decoder or decoder, decoded by `generate` of transformers."""
 
     def __init__(self, model: ModelInfo, settings: DecodeSettings, device: Device = "cpu", threads: int = 1) -> None:
-        super().__init__(model, settings)
+        super().__init__(model, settings, device)
         self._model = load_for_inference(model, settings, device, threads)
         self._is_decoder = model.kind == "decoder"
         self._pad = self._model.config.pad_token_id
@@ -100,7 +100,7 @@ class GenerationEngine(TextEngine):
     def decode(self, rows: Sequence[Fields], prompt: Prompt) -> list[Output]:
         """As `CTranslateEngine.decode`. What is drawn depends on the seed and on the rows of a batch alone."""
         run = partial(self._generate, prompt.target_code)
-        return in_batches(rows, self._encoder(prompt), run, self.settings.batch_tokens, self._is_distinct, self._turn)
+        return in_batches(rows, self._encoder(prompt), run, self._batch_tokens, self._is_distinct, self._turn)
 
     def _generate(self, target_code: str | None, batch: list[Source]) -> list[Output]:
         import torch

@@ -142,7 +142,7 @@ class ReaderEngine:
     def _logits(self, windows: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
-        rows = max(self.settings.batch_tokens // self._window, 1)
+        rows = max(self.settings.batch_tokens_on(self._model.device.type) // self._window, 1)
         starts, ends = [], []
         with torch.inference_mode():
             for first in range(0, len(windows["input_ids"]), rows):

@@ -23,8 +23,8 @@ Listen = Callable[[int, str], bool]
 class TextEngine:
     """A model's tokenizer and the lengths that it may read and write."""
 
-    def __init__(self, model: ModelInfo, settings: DecodeSettings) -> None:
-        self.model = model
+    def __init__(self, model: ModelInfo, settings: DecodeSettings, device: Device) -> None:
+        self.model, self._device = model, device
         self._tokenizer = Tokenizer(model)
         self._turn: Turn = nullcontext
         self._listen: Listen | None = None
@@ -56,6 +56,7 @@ class TextEngine:
 
     def _decode_by(self, settings: DecodeSettings) -> None:
         self.settings = settings
+        self._batch_tokens = settings.batch_tokens_on(self._device)
         self._max_source, self._max_target = self.model.limits(settings)
 
     @property

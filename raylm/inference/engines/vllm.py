@@ -32,7 +32,7 @@ class VllmEngine(TextEngine):
             import vllm
         except ImportError as error:
             raise ArtifactError("decode.engine: vllm is not installed: pip install 'raylm[vllm]'") from error
-        super().__init__(model, settings)
+        super().__init__(model, settings, "cuda")
         try:
             self._model = vllm.LLM(**load_arguments(model, settings, gpus))
         except (OSError, ValueError, RuntimeError) as error:

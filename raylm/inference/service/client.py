@@ -20,7 +20,7 @@ from raylm.inference.answers import Output, Row
 from raylm.inference.model import ModelInfo
 from raylm.inference.prompts import Prompt
 from raylm.inference.quarantine import STOPPED_WORKER
-from raylm.inference.service.gateway import APPLICATION, MODEL
+from raylm.inference.service.replicas import APPLICATION, MODEL
 from raylm.settings import DecodeSettings
 from raylm.tasks import Task
 

@@ -22,7 +22,7 @@ from raylm.inference.engines.text import Device
 from raylm.inference.model import ModelInfo
 from raylm.inference.prompts import Prompt, prompt_for
 from raylm.inference.service.gathering import Gathering
-from raylm.inference.service.questions import Pieces, Question, Reply, cut_at
+from raylm.inference.service.questions import Pieces, Question, Refusal, Reply, cut_at
 from raylm.inference.service.turns import Turns
 from raylm.settings import DecodeSettings, ServeSettings
 from raylm.tasks import TASKS
@@ -55,7 +55,7 @@ class ModelHost:
 
     def __init__(self, settings: ServeSettings, model: str, device: Device) -> None:
         self._model = ModelInfo.load(model)
-        self._batch_tokens = min(settings.max_batch_tokens, settings.decode.batch_tokens)
+        self._batch_tokens = min(settings.max_batch_tokens, settings.decode.batch_tokens_on(device))
         self._decode = settings.decode.model_copy(update={"batch_tokens": self._batch_tokens})
         engine = load_engine(self._model, settings.decode, device, settings.threads)
         turns = Turns(settings.batch_share)
@@ -63,12 +63,9 @@ class ModelHost:
         # Threads apart: chunks of batch jobs never keep an online request waiting for a thread. Of two chunks one is
         # put into batches while the other is computed.
         self._bulk_threads = ThreadPoolExecutor(2)
+        self._online_thread = ThreadPoolExecutor(1)
         self._together: Gathering[_Request, list[Output]] = Gathering(
-            self._decode_requests,
-            ThreadPoolExecutor(1),
-            attrgetter("tokens"),
-            self._batch_tokens,
-            settings.batch_wait_s,
+            self._decode_together, attrgetter("tokens"), self._batch_tokens, settings.batch_wait_s
         )
         self._tokens = metrics.Counter(
             "raylm_tokens", "Tokens that the model read (source) and wrote (output).", ("kind", "caller")
@@ -76,12 +73,15 @@ class ModelHost:
 
     # --------------------------------------------------------------------------------- online requests
 
-    async def ask(self, question: Question) -> Reply:
-        """The answers to a question; those of questions that arrive together are decoded together.
+    async def ask(self, questions: Sequence[Question]) -> list[Reply | Refusal]:
+        """The answers to each question, or why there are none; what arrives together is decoded together."""
+        return await asyncio.gather(*map(self._reply, questions))
 
-        :raises RaylmError: the model cannot do what is asked.
-        """
-        return Reply(self._model.name, await self._together.result(self._request(question)))
+    async def _reply(self, question: Question) -> Reply | Refusal:
+        try:
+            return Reply(self._model.name, await self._together.result(self._request(question)))
+        except Exception as error:  # is that of this question, and not of others that came with it
+            return Refusal.of(error)
 
     async def stream(self, question: Question) -> AsyncIterator[str | Output]:
         """The pieces of the answer to a question of one row as they are written, and then the whole answer.
@@ -134,6 +134,10 @@ class ModelHost:
         if sum(map(len, texts)) > _CHARACTERS_A_TOKEN * self._batch_tokens:
             return self._batch_tokens
         return min(sum(map(self._online.count_tokens, texts)) + max(len(rows), 1), self._batch_tokens)
+
+    async def _decode_together(self, requests: list[_Request]) -> Sequence[list[Output] | Exception]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._online_thread, self._decode_requests, requests)
 
     def _decode_requests(self, requests: Sequence[_Request]) -> list[list[Output] | Exception]:
         """The outputs of each request, or why there are none; requests for the same go into the same engine batches."""

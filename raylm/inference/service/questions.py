@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from raylm.errors import RaylmError, first_line
 from raylm.inference.answers import Output, Row
 
 
@@ -31,6 +32,21 @@ class Reply:
 
     model: str
     outputs: list[Output]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a replica has no reply: an HTTP status and the reason that the caller is told."""
+
+    status: int
+    reason: str
+
+    @classmethod
+    def of(cls, error: Exception) -> Refusal:
+        """What a caller is told of an error: whether it is the caller's own, or the model's."""
+        if isinstance(error, RaylmError):
+            return cls(400, str(error))
+        return cls(500, f"the model failed: {type(error).__name__}: {first_line(error)}")
 
 
 def cut_at(text: str, stop: Sequence[str]) -> tuple[str, bool]:

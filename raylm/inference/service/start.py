@@ -19,16 +19,15 @@ from raylm.inference.engines import check_engine
 from raylm.inference.engines.text import Device
 from raylm.inference.model import ModelInfo, absolute
 from raylm.inference.service.address import forget_service, note_service
-from raylm.inference.service.gateway import APPLICATION, MODEL, Gateway
+from raylm.inference.service.gateway import Gateway
 from raylm.inference.service.host import ModelHost
 from raylm.inference.service.keys import read_keys
+from raylm.inference.service.replicas import APPLICATION, CALLS_A_REPLICA, MODEL
 from raylm.inference.service.routes import Card
 from raylm.progress import hushed, note
 from raylm.settings import Section, ServeSettings
 from raylm.storage import StoragePath
 
-_BUSY_REQUESTS = 16
-"""At a replica: with more another one is started, where there may be more."""
 _BULK_REQUESTS = 32
 """Of batch jobs, at a replica beside the online ones."""
 _LOOK_S = 2
@@ -98,7 +97,7 @@ def _replicas(settings: ServeSettings) -> dict[str, Any]:
             "min_replicas": fewest,
             "max_replicas": most,
             "initial_replicas": max(fewest, 1),
-            "target_ongoing_requests": _BUSY_REQUESTS,
+            "target_ongoing_requests": CALLS_A_REPLICA,
             "upscale_delay_s": 5,
             "downscale_delay_s": settings.idle_s,
         }

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from typing import Any
 
-import httpx
+import aiohttp
 import pyarrow.parquet as pq
 
 
@@ -21,12 +21,13 @@ async def ask_all(url: str, texts: list[str], clients: int) -> dict[str, Any]:
     left, statuses, seconds = iter(texts), Counter[int](), list[float]()
 
     async def client() -> None:
-        async with httpx.AsyncClient(timeout=120) as session:
+        async with aiohttp.ClientSession() as session:
             for text in left:
                 start = time.perf_counter()
-                answer = await session.post(f"{url}/v1/translate", json={"text": text})
-                statuses[answer.status_code] += 1
-                if answer.status_code == 200:
+                async with session.post(f"{url}/v1/translate", json={"text": text}) as answer:
+                    await answer.read()
+                statuses[answer.status] += 1
+                if answer.status == 200:
                     seconds.append(time.perf_counter() - start)
 
     start = time.perf_counter()

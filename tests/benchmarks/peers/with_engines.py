@@ -24,7 +24,7 @@ from raylm.inference.prompts import prompt_for
 from raylm.settings import DecodeSettings
 from raylm.tasks import TRANSLATE
 
-CHUNK_ROWS = 512
+CHUNK_ROWS = 1_024
 MOST_TOKENS = 128
 
 
