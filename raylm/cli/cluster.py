@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -83,6 +84,24 @@ def watch(cloud: str, address: str, node_ip: str | None, metadata: str | None) -
         lambda seconds: notices.drain(address, machine, seconds),
         lambda text: click.echo(text, err=True),
     )
+
+
+@cluster.command()
+@click.option("--authority", is_flag=True, help="Make what signs, where `ray up` is called; once for all machines.")
+@click.option("--directory", type=click.Path(path_type=Path), default="~/.ray/tls", show_default=True)
+@click.option("--node-ip", multiple=True, help="This machine's addresses. Default: the one that Ray finds.")
+def certificate(authority: bool, directory: Path, node_ip: tuple[str, ...]) -> None:
+    """Make this machine's certificate, and print what a shell sets for TLS between Ray's machines."""
+    from raylm.cluster.certificates import make_authority, make_certificate
+
+    place = directory.expanduser()
+    if authority:
+        make_authority(place)
+        return
+    from ray.util import get_node_ip_address
+
+    environment = make_certificate(place, node_ip or [get_node_ip_address()])
+    click.echo(f"export {shlex.join(f'{name}={value}' for name, value in environment.items())}")
 
 
 @click.command(context_settings={"allow_interspersed_args": False})

@@ -92,10 +92,14 @@ def _token(cluster: ClusterFile) -> Iterator[Finding]:
                 f"there is no {local} on this machine",
                 "`raylm up` makes it" if path.name == "auth_token" else "make it, or take the line out",
             )
-        elif "token" in path.name and path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            mode = stat.S_IMODE(path.stat().st_mode)
-            yield cluster.error(("file_mounts", remote), f"others on this machine can read {local} (mode {mode:o})",
-                                f"chmod 600 {local}")  # fmt: skip
+            continue
+        secret = path / "ca.key" if path.is_dir() else path
+        if secret.name == "ca.key" or "token" in secret.name:
+            mode = stat.S_IMODE(secret.stat().st_mode) if secret.is_file() else 0
+            if mode & (stat.S_IRWXG | stat.S_IRWXO):
+                shown = local if secret == path else f"{local}/{secret.name}"
+                yield cluster.error(("file_mounts", remote), f"others on this machine can read {shown} (mode {mode:o})",
+                                    f"chmod 600 {shown}")  # fmt: skip
 
 
 def _secrets(cluster: ClusterFile) -> Iterator[Finding]:

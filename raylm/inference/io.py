@@ -7,6 +7,7 @@ import json
 import os
 import threading
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +28,7 @@ Format = Literal["parquet", "arrow", "jsonl", "csv", "po"]
 
 _READ_BYTES = 2 << 20
 """Of a Parquet column at a time."""
+_KEPT_BATCHES = 16
 
 FORMATS: dict[str, Format] = {
     ".parquet": "parquet",
@@ -236,7 +238,7 @@ def read_fields(table: InputTable, columns: Sequence[str], start: int, stop: int
 
     :param is_worded: the values stand among words, where numbers and dates are as good as text.
 
-    A process that reads range after range of a Parquet file decodes each column once.
+    A process that reads range after range of a Parquet file, in their order, decodes each column once.
 
     :raises InputError: the file became unreadable.
     """
@@ -255,6 +257,8 @@ def read_fields(table: InputTable, columns: Sequence[str], start: int, stop: int
 
 def _cells(table: InputTable, columns: Sequence[str], start: int, stop: int) -> list[list[Any]]:
     """The values of each column in the rows [start, stop)."""
+    if start >= stop:
+        return [[] for _ in columns]
     if table.prepared is None:
         try:
             return _reader(table.file.uri, table.file.mtime_ns, tuple(columns)).take(start, stop)
@@ -293,62 +297,63 @@ class _ParquetReader:
     """Columns of a Parquet file, read by ranges of rows that mostly follow one another.
 
     What lies between is passed over page by page, so that no row group, however large, is ever held as a whole. Several
-    threads may take.
+    threads may take; one that comes a little late finds its rows among those that were read last.
     """
 
     def __init__(self, place: StoragePath, columns: Sequence[str]) -> None:
         self._place, self._columns = place, list(columns)
         self._turn = threading.Lock()
-        self._first: list[int] = []
+        self._starts: list[int] = []
         """The first row of each row group."""
-        self._batches: Iterator[pa.RecordBatch] = iter(())
-        self._held: pa.RecordBatch | None = None
-        """What is left of the batch that was read last."""
-        self._next = 0
-        """The row that the held batch begins with."""
+        self._kept: deque[tuple[int, pa.RecordBatch]] = deque(maxlen=_KEPT_BATCHES)
+        """The batches that were read last, each with its first row."""
+        self._unread: Iterator[tuple[int, pa.RecordBatch]] = iter(())
 
     def take(self, start: int, stop: int) -> list[list[Any]]:
         """The values of each column in the rows [start, stop)."""
+        cells: list[list[Any]] = [[] for _ in self._columns]
         with self._turn:
-            cells: list[list[Any]] = [[] for _ in self._columns]
             try:
                 self._go_to(start)
-                while part := self._read(stop):
+                for first, batch in self._batches():
+                    part = batch.slice(max(start - first, 0), max(stop - max(start, first), 0))
                     for values, column in zip(cells, self._columns, strict=True):
                         values += _to_texts(part[column])
+                    if first + batch.num_rows >= stop:
+                        break
             except BaseException:
-                self._held = None  # what a failed read leaves is not gone on with
+                self._kept.clear()  # what a failed read leaves is not gone on with
                 raise
-            return cells
+        return cells
 
     def _go_to(self, row: int) -> None:
-        """Pass over the rows before one, from the beginning of its row group where that is shorter."""
-        group = bisect_right(self._first, row) - 1
-        if self._held is None or row < self._next or self._first[group] > self._next:
-            parquet = open_parquet(self._place)
-            sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.metadata.num_row_groups)]
-            self._first = [0, *accumulate(sizes[:-1])]
-            group = bisect_right(self._first, row) - 1
-            self._batches = self._batches_from(parquet, group)
-            self._held, self._next = next(self._batches), self._first[group]
-        while self._read(row):
-            pass
+        """Begin anew where a row has been passed, or stands in a later row group."""
+        if self._kept:
+            following = self._kept[-1][0] + self._kept[-1][1].num_rows
+            if self._kept[0][0] <= row and self._starts[bisect_right(self._starts, row) - 1] <= following:
+                return
+        parquet = open_parquet(self._place)
+        sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.metadata.num_row_groups)]
+        self._starts = [0, *accumulate(sizes[:-1])]
+        group = bisect_right(self._starts, row) - 1
+        self._kept.clear()
+        self._unread = self._read(parquet, group)
 
-    def _batches_from(self, parquet: pq.ParquetFile, group: int) -> Iterator[pa.RecordBatch]:
-        columns = list(dict.fromkeys(self._columns))
+    def _read(self, parquet: pq.ParquetFile, group: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """The batches from a row group on, each with its first row."""
+        first, columns = self._starts[group], list(dict.fromkeys(self._columns))
         for number in range(group, parquet.metadata.num_row_groups):
-            yield from parquet.iter_batches(PREPARED_ROWS, row_groups=[number], columns=columns)
+            for batch in parquet.iter_batches(PREPARED_ROWS, row_groups=[number], columns=columns, use_threads=False):
+                yield first, batch
+                first += batch.num_rows
 
-    def _read(self, stop: int) -> pa.RecordBatch | None:
-        """The next rows, as many as are at hand before another one; None where that is the next."""
-        if self._next >= stop or self._held is None:
-            return None
-        if not self._held.num_rows:
-            self._held = next(self._batches)
-        part = self._held.slice(0, stop - self._next)
-        self._held = self._held.slice(part.num_rows)
-        self._next += part.num_rows
-        return part
+    def _batches(self) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Those that are kept, and then those that have not been read."""
+        yield from list(self._kept)
+        for numbered in self._unread:
+            self._kept.append(numbered)
+            yield numbered
+        raise pa.ArrowInvalid("it has fewer rows than at the beginning of the job")
 
 
 @lru_cache(maxsize=2)

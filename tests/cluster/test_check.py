@@ -226,6 +226,16 @@ def test_a_token_that_others_can_read_is_found(home: Path) -> None:
     assert (finding.key, finding.remedy) == ("file_mounts.~/.ray/auth_token", "chmod 600 ~/.ray/auth_token")
 
 
+def test_a_signing_key_that_others_can_read_is_found(home: Path, tmp_path: Path) -> None:
+    (home / ".ray" / "tls").mkdir()
+    (home / ".ray" / "tls" / "ca.key").write_text("")
+    path = tmp_path / "tls.yaml"
+    path.write_text((CLUSTERS / "aws.yaml").read_text().replace("# ~/.ray/tls: ~/.ray/tls", "~/.ray/tls: ~/.ray/tls"))
+    for mode, remedies in ((0o640, ["chmod 600 ~/.ray/tls/ca.key"]), (0o600, [])):
+        (home / ".ray" / "tls" / "ca.key").chmod(mode)
+        assert [finding.remedy for finding in check([path])] == remedies
+
+
 def test_the_command_prints_findings_and_fails(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     values = yaml.safe_load((CLUSTERS / "local.yaml").read_text())

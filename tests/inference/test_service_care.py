@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -137,6 +138,38 @@ def test_replicas_come_when_they_are_asked_for(started: Callable[..., str]) -> N
     assert running() == 0, "to look is not to ask"
     assert ask(service).status_code == 200
     assert running() == 1
+    stop = threading.Event()
+
+    def keep_asking() -> None:
+        while not stop.is_set():
+            assert ask(service, ["Find the file that was opened last"] * 200 + ["Find"]).status_code == 200
+
+    people = [threading.Thread(target=keep_asking) for _ in range(32)]
+    for person in people:
+        person.start()
+    end = time.monotonic() + 60
+    while running() < 2 and time.monotonic() < end:
+        time.sleep(0.5)
+    stop.set()
+    for person in people:
+        person.join()
+    assert running() == 2, "thirty-two at a time keep two busy"
+
+
+def test_callers_who_go_take_no_other_with_them(started: Callable[..., str]) -> None:
+    service = started()
+
+    async def main() -> list[int | BaseException]:
+        async with httpx.AsyncClient(timeout=60) as client:
+            texts = [f"Find the file number {number} " * 4 for number in range(48)]
+            asked = [asyncio.create_task(client.post(f"{service}/v1/translate", json={"text": text})) for text in texts]
+            await asyncio.sleep(0.15)
+            for task in asked[::2]:
+                task.cancel()
+            found = await asyncio.gather(*asked[1::2], return_exceptions=True)
+            return [one if isinstance(one, BaseException) else one.status_code for one in found]
+
+    assert asyncio.run(main()) == [200] * 24
 
 
 def test_a_replica_that_dies_is_replaced(started: Callable[..., str]) -> None:

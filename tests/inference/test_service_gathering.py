@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -88,7 +89,7 @@ def test_lanes_are_used_before_anything_gathers_and_what_is_full_needs_none() ->
             await gate.wait()
             return numbers
 
-        together: Gathering[int, int] = Gathering(work, lambda _: 1, 3, lanes=lambda: 2, is_open=True)
+        together: Gathering[int, int] = Gathering(work, lambda _: 1, 3, lanes=2, is_open=True)
         tasks = [asyncio.create_task(together.result(number)) for number in range(7)]
         await asyncio.sleep(0.01)
         assert batches == [[0], [1], [2, 3, 4]], "5 and 6 wait"
@@ -121,5 +122,39 @@ def test_work_that_nobody_waits_for_is_cancelled() -> None:
         await asyncio.sleep(0.01)
         assert cancelled == [[1, 2]] and not three.done()
         three.cancel()
+
+    asyncio.run(main())
+
+
+def test_the_request_that_begins_a_batch_lends_it_nothing() -> None:
+    """Ray cancels calls by what their context says: of one caller, with all others in the batch."""
+    caller = contextvars.ContextVar("caller", default="nobody")
+    seen = []
+
+    async def main() -> None:
+        async def work(numbers: list[int]) -> list[int]:
+            seen.append(caller.get())
+            await asyncio.sleep(0.01)
+            return numbers
+
+        async def ask(number: int) -> None:
+            caller.set(str(number))
+            assert await together.result(number) == number
+
+        together: Gathering[int, int] = Gathering(work, lambda _: 1, 2)
+        await asyncio.gather(*map(ask, range(6)))
+
+    asyncio.run(main())
+    assert seen == ["nobody"] * 4
+
+
+def test_work_that_is_cancelled_by_others_leaves_nobody_waiting() -> None:
+    async def main() -> None:
+        async def work(_: list[int]) -> list[int]:
+            raise asyncio.CancelledError
+
+        together: Gathering[int, int] = Gathering(work, lambda _: 1, 2)
+        with pytest.raises(RuntimeError, match="cancelled"):
+            await asyncio.wait_for(together.result(1), 5)
 
     asyncio.run(main())

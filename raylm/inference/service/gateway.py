@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from typing import Any
 
 from fastapi import FastAPI
+from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -16,32 +18,37 @@ from raylm.inference.service.door import Turned
 from raylm.inference.service.gathering import Gathering
 from raylm.inference.service.keys import KeyFile
 from raylm.inference.service.questions import Question, Refusal, Reply
-from raylm.inference.service.replicas import CALLS_A_REPLICA, Replicas
+from raylm.inference.service.replicas import APPLICATION, MODEL, fewest_and_most
 from raylm.inference.service.routes import Card, build_api
 from raylm.settings import ServeSettings
 
 _QUESTIONS_A_CALL = 16
+"""Short ones: all of a call are answered when the last of them is."""
+_SHORT = 500
+"""Characters of a short question."""
+_CALLS_A_REPLICA = 2
+"""One that it works on and one that waits for it."""
+_RUNNING, _STOPPING = "RUNNING", "STOPPING"
 _RETRY_AFTER = {"Retry-After": "5"}
 
 
 class Gateway:
     """What the HTTP routes ask: replicas of the model, by their handle.
 
-    A call of a replica costs more than a short answer. While each replica has its calls, questions gather, and go
-    together in the next one; with `_QUESTIONS_A_CALL` of them another call is made, by which Ray Serve sees that the
-    replicas are busy.
+    A call of a replica costs more than a short answer: while each replica has its calls, questions gather, and go
+    together in the next one. Where replicas may come, a full call is not kept back: by it they are seen to be needed.
     """
 
     def __init__(self, settings: ServeSettings, model: DeploymentHandle, card: Card) -> None:
         self._settings, self._model, self.card = settings, model, card
         self._keys = KeyFile(settings.keys) if settings.keys else None
-        self._replicas = Replicas(settings.replicas)
+        self._fewest, most = fewest_and_most(settings.replicas)
         self._together: Gathering[Question, Reply] = Gathering(
-            self._ask_together,
-            size=lambda _: 1,
+            self._replies,
+            _places,
             most=min(_QUESTIONS_A_CALL, settings.max_batch_tokens),
-            lanes=lambda: CALLS_A_REPLICA * self._replicas.running,
-            is_open=True,
+            lanes=_CALLS_A_REPLICA * max(self._fewest, 1),
+            is_open=self._fewest < most,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -52,25 +59,22 @@ class Gateway:
 
         :raises Turned: the question cannot be answered, or not within `request_timeout_s`.
         """
-        self._replicas.look()
         try:
-            return await asyncio.wait_for(self._together.result(question), self._settings.request_timeout_s)
+            return await asyncio.wait_for(self._reply(question), self._settings.request_timeout_s)
         except TimeoutError as error:
             raise self._late() from error
+        except RayActorError as error:
+            raise Turned(500, "the replicas that were asked ended before they answered") from error
 
-    async def _ask_together(self, questions: list[Question]) -> list[Reply | Exception]:
-        """The replies to questions, in order; where their replica ends, each is asked once more by itself."""
+    async def _reply(self, question: Question) -> Reply:
+        """:raises RayActorError: two replicas ended before they answered."""
         try:
-            return await self._replies(questions)
-        except RayActorError:  # it was killed, by one of the questions or by something else
-            return await asyncio.gather(*map(self._ask_again, questions))
-
-    async def _ask_again(self, question: Question) -> Reply | Exception:
-        try:
+            return await self._together.result(question)
+        except RayActorError:  # it was killed, by a question of the same call or by something else
             [reply] = await self._replies([question])
+            if isinstance(reply, Exception):
+                raise reply from None
             return reply
-        except RayActorError:
-            return Turned(500, "the replicas that were asked ended before they answered")
 
     async def _replies(self, questions: list[Question]) -> list[Reply | Exception]:
         """:raises RayActorError: the replica ended before it answered."""
@@ -109,10 +113,21 @@ class Gateway:
 
     async def is_ready(self) -> bool:
         """Whether the model has been loaded, or is to be loaded for a request that comes."""
-        return await self._replicas.are_ready()
+        status = await asyncio.to_thread(serve.status)
+        application: Any = status.applications.get(APPLICATION)
+        found = application.deployments.get(MODEL) if application else None
+        if found is None:
+            return False
+        states = {str(state): number for state, number in found.replica_states.items() if number}
+        return _RUNNING in states or (self._fewest == 0 and not states.keys() - {_STOPPING})
 
     def _late(self) -> Turned:
         return Turned(504, f"no answer within {self._settings.request_timeout_s:g} s")
+
+
+def _places(question: Question) -> int:
+    """How many short questions one is worth."""
+    return 1 + sum(len(text) for row in question.rows for text in row if text) // _SHORT
 
 
 def _refused(error: Exception) -> Turned:

@@ -6,6 +6,7 @@ Ray Serve's own `serve.batch` makes its batches as requests arrive, before it is
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -32,7 +33,7 @@ class Gathering(Generic[Request, Result]):
         size: Callable[[Request], int],
         most: int,
         wait_s: float = 0,
-        lanes: Callable[[], int] = lambda: 1,
+        lanes: int = 1,
         is_open: bool = False,
     ) -> None:
         self._work, self._size, self._most = work, size, most
@@ -40,6 +41,8 @@ class Gathering(Generic[Request, Result]):
         self._waiting: deque[tuple[Request, asyncio.Future[Result]]] = deque()
         self._at_work: set[asyncio.Task[None]] = set()
         self._begins: asyncio.TimerHandle | None = None
+        # The request that happens to begin a batch does not take the others with it: Ray cancels by the context.
+        self._context = contextvars.Context()
 
     async def result(self, request: Request) -> Result:
         """What comes of a request; where the caller is cancelled before its turn, nothing is done for it."""
@@ -55,11 +58,11 @@ class Gathering(Generic[Request, Result]):
     def _begin(self) -> None:
         """Begin on what waits, as far as there are lanes."""
         self._begins = None
-        while self._waiting and (len(self._at_work) < self._lanes() or (self._is_open and self._is_full())):
+        while self._waiting and (len(self._at_work) < self._lanes or (self._is_open and self._is_full())):
             if batch := self._next_batch():
-                task = asyncio.create_task(self._work_on(batch))
+                task = asyncio.get_running_loop().create_task(self._work_on(batch), context=self._context)
                 self._at_work.add(task)
-                task.add_done_callback(self._end)
+                task.add_done_callback(self._end, context=self._context)
                 for _, done in batch:
                     done.add_done_callback(partial(_cancel_unwanted, task, batch))
 
@@ -70,8 +73,8 @@ class Gathering(Generic[Request, Result]):
     async def _work_on(self, batch: _Batch[Request, Result]) -> None:
         try:
             results = await self._work([request for request, _ in batch])
-        except Exception as error:
-            results = [error] * len(batch)
+        except (Exception, asyncio.CancelledError) as error:  # who is cancelled by others leaves nobody waiting
+            results = [error if isinstance(error, Exception) else RuntimeError("the work was cancelled")] * len(batch)
         for (_, done), result in zip(batch, results, strict=True):
             if done.done():  # its caller has gone
                 continue

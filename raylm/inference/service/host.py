@@ -8,7 +8,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from operator import attrgetter
 from typing import Any
 
@@ -23,10 +23,12 @@ from raylm.inference.model import ModelInfo
 from raylm.inference.prompts import Prompt, prompt_for
 from raylm.inference.service.gathering import Gathering
 from raylm.inference.service.questions import Pieces, Question, Refusal, Reply, cut_at
+from raylm.inference.service.replicas import OPEN
 from raylm.inference.service.turns import Turns
 from raylm.settings import DecodeSettings, ServeSettings
 from raylm.tasks import TASKS
 
+_PROMPTS = 256
 _CHARACTERS_A_TOKEN = 16
 """More than texts have; such a text is not counted to know that it fills a batch."""
 
@@ -67,6 +69,8 @@ class ModelHost:
         self._together: Gathering[_Request, list[Output]] = Gathering(
             self._decode_together, attrgetter("tokens"), self._batch_tokens, settings.batch_wait_s
         )
+        self._open = 0
+        self._prompt_for = lru_cache(_PROMPTS)(self._make_prompt)
         self._tokens = metrics.Counter(
             "raylm_tokens", "Tokens that the model read (source) and wrote (output).", ("kind", "caller")
         )
@@ -75,7 +79,11 @@ class ModelHost:
 
     async def ask(self, questions: Sequence[Question]) -> list[Reply | Refusal]:
         """The answers to each question, or why there are none; what arrives together is decoded together."""
-        return await asyncio.gather(*map(self._reply, questions))
+        self._open += len(questions)
+        try:
+            return await asyncio.gather(*map(self._reply, questions))
+        finally:
+            self._open -= len(questions)
 
     async def _reply(self, question: Question) -> Reply | Refusal:
         try:
@@ -98,6 +106,7 @@ class ModelHost:
             return pieces.is_over or has_gone
 
         request = replace(self._request(question), listen=listen)
+        self._open += 1
         answering = asyncio.ensure_future(self._together.result(request))
         answering.add_done_callback(lambda _: heard.put_nowait(None))
         try:
@@ -112,13 +121,16 @@ class ModelHost:
         finally:  # also where the caller goes away in the middle
             has_gone = True
             answering.cancel()
+            self._open -= 1
 
     def _request(self, question: Question) -> _Request:
-        prompt = prompt_for(self._model, TASKS[question.task], question.to, question.source_language)
-        if question.is_plain:
-            prompt = replace(prompt, is_chat=False, template=None)
+        prompt = self._prompt_for(question.task, question.to, question.source_language, question.is_plain)
         decode, is_seeded = self._decode_for(question), "seed" in question.decode
         return _Request(prompt, decode, question.rows, question.stop, is_seeded, self._size(question.rows))
+
+    def _make_prompt(self, task: str, to: str | None, source_language: str | None, is_plain: bool) -> Prompt:
+        prompt = prompt_for(self._model, TASKS[task], to, source_language)
+        return replace(prompt, is_chat=False, template=None) if is_plain else prompt
 
     def _decode_for(self, question: Question) -> DecodeSettings:
         wanted = dict(question.decode)
@@ -190,7 +202,11 @@ class ModelHost:
             )
         loop = asyncio.get_running_loop()
         answer = partial(answer_each, partial(answer_rows, self._bulk), rows, prompt)
-        outputs = await loop.run_in_executor(self._bulk_threads, answer)
+        self._open += 1
+        try:
+            outputs = await loop.run_in_executor(self._bulk_threads, answer)
+        finally:
+            self._open -= 1
         self._count("batch", outputs)
         return outputs
 
@@ -202,6 +218,10 @@ class ModelHost:
         """The model, how it decodes, and the process that said so."""
         model = asdict(self._model) | {"directory": str(self._model.directory)}
         return {"model": model, "decode": self._decode.model_dump(), "pid": os.getpid()}
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Ray Serve is told, for `needed`."""
+        return {OPEN: float(self._open)}
 
     def _count(self, caller: str, outputs: Sequence[Output]) -> None:
         for kind in ("source", "output"):

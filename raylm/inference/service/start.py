@@ -22,7 +22,7 @@ from raylm.inference.service.address import forget_service, note_service
 from raylm.inference.service.gateway import Gateway
 from raylm.inference.service.host import ModelHost
 from raylm.inference.service.keys import read_keys
-from raylm.inference.service.replicas import APPLICATION, CALLS_A_REPLICA, MODEL
+from raylm.inference.service.replicas import APPLICATION, MODEL, fewest_and_most, needed
 from raylm.inference.service.routes import Card
 from raylm.progress import hushed, note
 from raylm.settings import Section, ServeSettings
@@ -89,15 +89,15 @@ def _anywhere(settings: ServeSettings) -> ServeSettings:
 
 
 def _replicas(settings: ServeSettings) -> dict[str, Any]:
-    if isinstance(settings.replicas, int):
-        return {"num_replicas": settings.replicas}
-    fewest, most = settings.replicas
+    fewest, most = fewest_and_most(settings.replicas)
+    if fewest == most:
+        return {"num_replicas": most}
     return {
         "autoscaling_config": {
             "min_replicas": fewest,
             "max_replicas": most,
             "initial_replicas": max(fewest, 1),
-            "target_ongoing_requests": CALLS_A_REPLICA,
+            "policy": {"policy_function": f"{needed.__module__}:{needed.__name__}"},
             "upscale_delay_s": 5,
             "downscale_delay_s": settings.idle_s,
         }
