@@ -1,7 +1,7 @@
 """What passes between the driver and the workers of a training: progress one way, requests to pause the other.
 
 To pause is to write a checkpoint after the step at hand and to return. A person asks for it (Ctrl-C, SIGTERM), the
-driver does when there are machines for more workers, and Ray does when a machine is about to be taken away.
+driver does when there are machines for more workers, or one of the workers' is about to be taken away.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
 _LISTEN_EVERY_S = 1.0
-_ASK_EVERY_S = 2.0
-"""Ray is asked about machines that will go with a round trip of all workers: rarely, and all at the same step."""
 
 
 class Relay:
@@ -34,6 +32,7 @@ class Relay:
         self._request: str | None = None
         self._is_finished = False
         self._world_size = 0
+        self._machines: set[str] = set()
 
     def push(self, row: dict[str, Any]) -> None:
         """From the first worker: something to show."""
@@ -62,6 +61,15 @@ class Relay:
     def begin(self) -> None:
         """From the driver: a new group of workers is about to start."""
         self._request, self._world_size = None, 0
+        self._machines.clear()
+
+    def join(self, machine: str) -> None:
+        """From any worker: the id of its machine."""
+        self._machines.add(machine)
+
+    def machines(self) -> set[str]:
+        """Of the group that trains."""
+        return self._machines
 
     def request(self, reason: str) -> None:
         """From the driver: why the workers are to pause."""
@@ -78,44 +86,27 @@ class Relay:
 # ----------------------------------------------------------------------------------------- in a worker
 
 
-VOTES = 2
-"""How many questions the workers vote on."""
-
-
 class Attention:
     """Whether to pause, agreed among the workers in the sum over all ranks that each step makes anyway.
 
     :param relay: of the driver, for the first worker.
-    :param asks_ray: whether machines that will be taken away are a reason.
     """
 
-    def __init__(self, relay: ActorHandle | None = None, asks_ray: bool = False) -> None:
+    def __init__(self, relay: ActorHandle | None = None) -> None:
         self._request: str | None = None
-        self._asks_ray = asks_ray
-        self._asked = time.monotonic()
         if relay is not None:
             threading.Thread(target=self._listen, args=(relay,), daemon=True).start()
 
-    def votes(self) -> tuple[bool, bool]:
-        """What this rank says: whether a pause is requested, and whether to ask Ray."""
-        return self._request is not None, self._asks_ray and time.monotonic() - self._asked > _ASK_EVERY_S
+    def vote(self) -> bool:
+        """Whether this rank knows of a request."""
+        return self._request is not None
 
-    def reason(self, requests: int, asks: int) -> str | None:
-        """Why to pause, the same on all ranks. A collective where any asks.
+    def reason(self, votes: int) -> str | None:
+        """Why to pause, where any rank knows of a request; which one it is, the first worker can say.
 
-        :param requests: the sum of the ranks' first votes.
-        :param asks: of the second.
+        :param votes: the sum over all ranks.
         """
-        if requests:
-            return "requested"
-        if asks:
-            import ray.train
-
-            self._asked = time.monotonic()
-            if ray.train.get_preemption_info() is not None:
-                self._asks_ray = False
-                return "preempted"
-        return None
+        return (self._request or "requested") if votes else None
 
     def _listen(self, relay: ActorHandle) -> None:
         import ray

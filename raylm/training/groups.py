@@ -31,6 +31,8 @@ _MOST_CPU_WORKERS = 4
 _GROW_AFTER_S = 30.0
 """Machines for more workers have to be there for so long before training pauses for them."""
 _ASK_EVERY_S = 20.0
+_LOOK_EVERY_S = 1.0
+"""How often Ray Train's controller looks at its workers, and the driver at their machines."""
 _PLACE_S = 10
 """An elastic group is as large as the machines that are there hold: it is placed at once, or one has just gone."""
 _MOST_HEALTH_CHECK_S = 600.0
@@ -172,6 +174,9 @@ def _trainer(job: TrainingJob, width: Width, relay: ActorHandle, stream: TokenSt
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(min(patience_s, _MOST_HEALTH_CHECK_S))
     if width.is_elastic:
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(_PLACE_S)
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(_LOOK_EVERY_S)
+    # One more process, whose start all workers would wait for; `_attempt` watches the machines itself.
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     datasets: dict[str, Any] = {}
     if stream:
         length = sequence_length(StoragePath(job.tokens))
@@ -205,7 +210,8 @@ def _trainer(job: TrainingJob, width: Width, relay: ActorHandle, stream: TokenSt
 def _attempt(job: TrainingJob, width: Width, relay: ActorHandle, stream: TokenStream | None) -> Exception | None:
     """Let a group of workers train until it ends; what it failed with, or None.
 
-    An elastic group is asked to pause when there have been machines for a larger one for a while.
+    It is asked to pause when one of its machines will be taken away, and an elastic one when there have been machines
+    for a larger one for a while.
     """
     import ray
 
@@ -225,7 +231,9 @@ def _attempt(job: TrainingJob, width: Width, relay: ActorHandle, stream: TokenSt
     room_since: float | None = None
     asked = -math.inf
     while thread.is_alive():
-        thread.join(timeout=1)
+        thread.join(timeout=_LOOK_EVERY_S)
+        if (leaving := _leaving()) and leaving & ray.get(relay.machines.remote()):
+            relay.request.remote("a machine will be taken away")
         if width.is_elastic:
             size = ray.get(relay.world_size.remote())
             has_room = 0 < size < _possible(width)
@@ -256,11 +264,12 @@ def _worker(config: dict[str, Any]) -> None:
         if leads:
             relay.push.remote(metrics)
 
+    relay.join.remote(ray.get_runtime_context().get_node_id())
     # Of a group that Ray Train puts in the place of one that such an error has ended.
     if ray.get(relay.failed.remote()):
         return
     try:
-        is_finished = train_worker(job, report, Attention(relay if leads else None, asks_ray=True))
+        is_finished = train_worker(job, report, Attention(relay if leads else None))
     except RaylmError as error:
         # Trying again would come to the same end. Raised all the same: the other workers are waiting for this one.
         ray.get(relay.fail.remote(str(error)))

@@ -18,7 +18,7 @@ from raylm.training import checkpoint as checkpoints
 from raylm.training.average import WeightAverage
 from raylm.training.batches import micro_batches_for
 from raylm.training.checkpoint import Checkpoint
-from raylm.training.control import VOTES, Attention
+from raylm.training.control import Attention
 from raylm.training.examples import Batches, Split, open_split, open_training
 from raylm.training.guard import Patience, SpikeGuard
 from raylm.training.job import TrainingJob
@@ -94,7 +94,7 @@ class _Worker:
             result = self._step(step)
             done = step + 1
             is_last = done == settings.steps
-            pause = None if is_last else self._attention.reason(*result.tally[:VOTES])
+            pause = None if is_last else self._attention.reason(result.tally[0])
             if done % settings.log_every == 0 or is_last:
                 self._note_window(step)
             is_saving = is_last or done % settings.checkpoint_every == 0
@@ -131,13 +131,13 @@ class _Worker:
             settings.label_smoothing,
             self._device,
             self._guard,
-            (*map(int, self._attention.votes()), len(hashes), sum(hashes)),
+            (int(self._attention.vote()), len(hashes), sum(hashes)),
             self._setup.flops,
         )
         if self._setup.average:
             self._setup.average.update(step + 1)
         if self._record:
-            self._record.add(step + 1, *result.tally[VOTES:])
+            self._record.add(step + 1, *result.tally[1:])
         window.add(
             result.loss_sum,
             result.target_tokens,

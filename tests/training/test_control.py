@@ -22,15 +22,15 @@ def relay() -> ray.actor.ActorHandle:
 
 def test_the_first_worker_hears_a_request_and_votes_for_it(relay: ray.actor.ActorHandle) -> None:
     first, second = Attention(relay), Attention()
-    assert first.votes() == second.votes() == (False, False)
-    assert first.reason(0, 0) is None
+    assert not first.vote() and not second.vote()
+    assert first.reason(0) is None
     ray.get(relay.request.remote("stop"))
     deadline = time.monotonic() + 20
-    while first.votes() != (True, False):
+    while not first.vote():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert second.votes() == (False, False)
-    assert first.reason(1, 0) == second.reason(1, 0) == "requested"
+    assert not second.vote()
+    assert (first.reason(1), second.reason(1)) == ("stop", "requested")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -52,8 +52,9 @@ def test_machines_go_and_come_and_no_step_is_lost(
     # A dead machine may be taken for one with room until Ray notices: a pause more, which costs no step.
     assert (sizes[:2], set(sizes[2:-2]) - {1}, sizes[-2:]) == ([2, 1], set(), [2, 2])
     pauses = [note for note in result["notes"] if "training pauses" in note]
-    assert "(preempted)" in pauses[0]  # by the cloud's notice, which the machine's watch has passed on
-    assert all("(requested)" in pause for pause in pauses[1:])
+    assert "(a machine will be taken away)" in pauses[0]  # by the cloud's notice, which its watch has passed on
+    assert all("(there are machines for more workers)" in pause for pause in pauses[1:-1])
+    assert "(stop)" in pauses[-1]
     # The killed group said nothing; the last one was stopped.
     assert len(pauses) == len(sizes) - 1
     # Each group begins at the very step where the one before it paused; the killed one's lost its interval at most.
