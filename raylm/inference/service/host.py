@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from operator import attrgetter
@@ -79,11 +80,8 @@ class ModelHost:
 
     async def ask(self, questions: Sequence[Question]) -> list[Reply | Refusal]:
         """The answers to each question, or why there are none; what arrives together is decoded together."""
-        self._open += len(questions)
-        try:
+        with self._opened(len(questions)):
             return await asyncio.gather(*map(self._reply, questions))
-        finally:
-            self._open -= len(questions)
 
     async def _reply(self, question: Question) -> Reply | Refusal:
         try:
@@ -106,22 +104,21 @@ class ModelHost:
             return pieces.is_over or has_gone
 
         request = replace(self._request(question), listen=listen)
-        self._open += 1
-        answering = asyncio.ensure_future(self._together.result(request))
-        answering.add_done_callback(lambda _: heard.put_nowait(None))
-        try:
-            while (piece := await heard.get()) is not None:
-                yield piece
-            [output] = await answering
-            if pieces.is_over:
-                output = replace(output, text=pieces.told, truncated=False)
-            elif output.text is not None and (piece := pieces.rest(output.text)):
-                yield piece
-            yield output
-        finally:  # also where the caller goes away in the middle
-            has_gone = True
-            answering.cancel()
-            self._open -= 1
+        with self._opened():
+            answering = asyncio.ensure_future(self._together.result(request))
+            answering.add_done_callback(lambda _: heard.put_nowait(None))
+            try:
+                while (piece := await heard.get()) is not None:
+                    yield piece
+                [output] = await answering
+                if pieces.is_over:
+                    output = replace(output, text=pieces.told, truncated=False)
+                elif output.text is not None and (piece := pieces.rest(output.text)):
+                    yield piece
+                yield output
+            finally:  # also where the caller goes away in the middle
+                has_gone = True
+                answering.cancel()
 
     def _request(self, question: Question) -> _Request:
         prompt = self._prompt_for(question.task, question.to, question.source_language, question.is_plain)
@@ -202,11 +199,8 @@ class ModelHost:
             )
         loop = asyncio.get_running_loop()
         answer = partial(answer_each, partial(answer_rows, self._bulk), rows, prompt)
-        self._open += 1
-        try:
+        with self._opened():
             outputs = await loop.run_in_executor(self._bulk_threads, answer)
-        finally:
-            self._open -= 1
         self._count("batch", outputs)
         return outputs
 
@@ -218,6 +212,15 @@ class ModelHost:
         """The model, how it decodes, and the process that said so."""
         model = asdict(self._model) | {"directory": str(self._model.directory)}
         return {"model": model, "decode": self._decode.model_dump(), "pid": os.getpid()}
+
+    @contextmanager
+    def _opened(self, questions: int = 1) -> Iterator[None]:
+        """Counts questions as open for as long as its context lasts."""
+        self._open += questions
+        try:
+            yield
+        finally:
+            self._open -= questions
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What Ray Serve is told, for `needed`."""
