@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the fine-tuned model in Hugging Face layout.
+"""Write the fine-tuned model, or with `--pretrained` the pretrained one, in Hugging Face layout.
 
     ray job submit --working-dir . jobs/export.py
 

@@ -13,6 +13,10 @@ class InputError(RaylmError):
     """A file or row to read is missing, malformed or not of the expected kind."""
 
 
+class NothingThereError(InputError):
+    """What was to be read is not there; it may come yet."""
+
+
 class ArtifactError(RaylmError):
     """An artifact on storage (tokens, run, model) is absent, unfinished or not what it claims to be."""
 
@@ -37,5 +41,7 @@ def to_plain(error: RaylmError) -> dict[str, str]:
 
 def from_plain(row: dict[str, str]) -> RaylmError:
     """The error that `to_plain` made data of."""
-    kinds: list[type[RaylmError]] = [RaylmError, *RaylmError.__subclasses__()]
-    return next(kind for kind in kinds if kind.__name__ == row["failure"])(row["reason"])
+    kinds: list[type[RaylmError]] = [RaylmError]
+    for kind in kinds:  # which grows meanwhile
+        kinds += kind.__subclasses__()
+    return next((kind for kind in kinds if kind.__name__ == row["failure"]), RaylmError)(row["reason"])

@@ -103,7 +103,7 @@ def _leased(lease: StoragePath, taken: str) -> Iterator[None]:
         number = 0
         while not ended.wait(_RENEWED_EVERY_S):
             number += 1
-            with suppress(OutputError):  # the next time, perhaps
+            with suppress(OutputError, OSError, ValueError):  # the next time, perhaps
                 if (now := _read(lease)) and now["id"] != owner["id"]:  # this process slept for too long
                     usurper.append(now)
                     return

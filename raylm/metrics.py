@@ -1,8 +1,10 @@
-"""Scores of answers against references: chrF and BLEU (sacreBLEU), ROUGE, exact match, accuracy, F1, perplexity."""
+"""Scores of answers against references: chrF, BLEU (sacreBLEU), ROUGE, exact match, F1, accuracy, perplexity."""
 
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -37,6 +39,31 @@ def bleu(predictions: Sequence[str], references: Sequence[str], to: str | None =
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
     """Share of predictions equal to their reference, in percent."""
     return {"exact_match": _hits_percent(predictions, references)}
+
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def f1(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
+    """Mean F1 of the words that an answer has in common with its reference, 0…100 (SQuAD, Rajpurkar et al. 2016).
+
+    As there, case, punctuation and the articles of English do not count; text without spaces is compared by character.
+    """
+    shares = map(_common_share, predictions, references)
+    return {"f1": round(100 * sum(shares) / max(len(references), 1), 2)}
+
+
+def _common_share(prediction: str, reference: str) -> float:
+    said, wanted = words(prediction), words(reference)
+    if not said or not wanted:
+        return float(said == wanted)
+    return 2 * sum((Counter(said) & Counter(wanted)).values()) / (len(said) + len(wanted))
+
+
+def words(text: str) -> list[str]:
+    """The words of a text without case, punctuation and the articles of English; without spaces, its characters."""
+    plain = "".join(c for c in text.casefold() if not unicodedata.category(c).startswith(("P", "S")))
+    return "".join(f" {c} " if _is_unspaced(c) else c for c in _ARTICLES.sub(" ", plain)).split()
 
 
 def accuracy(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
@@ -121,6 +148,8 @@ def score(
         scores |= bleu(predictions, references, to)
     if "exact_match" in names:
         scores |= exact_match(predictions, references)
+    if "f1" in names:
+        scores |= f1(predictions, references)
     if "accuracy" in names:
         scores |= accuracy(predictions, references)
     if "macro_f1" in names:

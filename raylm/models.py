@@ -35,6 +35,10 @@ _SIZES: dict[str, tuple[int, int, int, int]] = {
 _TINY_DECODER_LAYERS = 2
 MAX_POSITIONS = 1_024
 GGUF = ".gguf"
+_POSITIONS_BEHIND_PADDING = (
+    *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "xmod", "data2vec-text"),
+    *("mpnet", "longformer", "ibert", "esm"),
+)
 """How the file of a model of llama.cpp ends."""
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
@@ -139,14 +143,25 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 def architecture(config: PretrainedConfig) -> Architecture:
     """Which of the three shapes of transformer a config describes."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
     if getattr(config, "is_encoder_decoder", False):
         return "encoder-decoder"
-    if config.model_type in ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "modernbert"):
-        return "encoder"
-    if config.model_type in DECODERS:
+    # BERT and its like may be decoders, too, where their config says so.
+    if config.model_type in DECODERS and (config.model_type not in ENCODERS or getattr(config, "is_decoder", False)):
         return "decoder"
     return "encoder"
+
+
+def first_position(config: PretrainedConfig) -> int:
+    """The number of a text's first position: RoBERTa and its like count from behind the padding's."""
+    return int(config.pad_token_id) + 1 if config.model_type in _POSITIONS_BEHIND_PADDING else 0
+
+
+def has_windows(config: PretrainedConfig) -> bool:
+    """Whether some layers see no further than a window."""
+    layers = getattr(config, "layer_types", None) or ()
+    return bool(getattr(config, "sliding_window", None)) or "sliding_attention" in layers
 
 
 def is_classifier(config: PretrainedConfig) -> bool:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal
 from zoneinfo import ZoneInfo
 
-from raylm.errors import InputError, RaylmError, SettingsError, first_line
+from raylm.errors import NothingThereError, RaylmError, SettingsError, first_line
 from raylm.inference.io import list_inputs
 from raylm.lease import held
 from raylm.progress import note
@@ -80,12 +80,23 @@ def run_night(settings: Settings, now: datetime, connect: Callable[[], object] =
         left = [
             (day, job) for day in due(nightly, now, records) for job in nightly.jobs if not _is_done(records, day, job)
         ]
+        absent = {(day, job.name): reason for day, job in left if (reason := _missing(day, job))}
+        refused = None
         done = []
-        with _service(settings, connect) if left and nightly.through == "serve" else nullcontext():
+        with ExitStack() as service:
+            if nightly.through == "serve" and len(absent) < len(left):
+                try:
+                    service.enter_context(_service(settings, connect))
+                except RaylmError as error:
+                    refused = str(error)
             for day, job in left:
-                record = _run(settings, day, job, connect)
-                (records / day.isoformat() / f"{job.name}.json").write_json(asdict(record))
-                done.append(record)
+                record = _Recording(day, job)
+                if (day, job.name) in absent:
+                    ended = record("missing", absent[day, job.name])
+                else:
+                    ended = record("failed", refused) if refused else _run(settings, day, job, record, connect)
+                (records / day.isoformat() / f"{job.name}.json").write_json(asdict(ended))
+                done.append(ended)
     summary = Summary(tuple(done))
     if nightly.webhook and done:
         _tell(nightly.webhook, summary)
@@ -113,33 +124,50 @@ def _is_done(records: StoragePath, day: date, job: NightlyJob) -> bool:
     return record.is_file() and record.read_json()["status"] == "done"
 
 
-def _run(settings: Settings, day: date, job: NightlyJob, connect: Callable[[], object]) -> Record:
+class _Recording:
+    """Makes the record of a job of a date when it has ended."""
+
+    def __init__(self, day: date, job: NightlyJob) -> None:
+        self._day, self._job, self._watch = day, job, Stopwatch()
+
+    def __call__(self, status: Status, reason: str | None = None, **counts: Any) -> Record:
+        ended_at = datetime.now(UTC).isoformat(timespec="seconds")
+        seconds = round(self._watch.elapsed_s, 1)
+        return Record(
+            self._day.isoformat(), self._job.name, status, reason, **counts, seconds=seconds, ended_at=ended_at
+        )
+
+
+def _missing(day: date, job: NightlyJob) -> str | None:
+    """Why there is no input of a job for a date, or None where there is; what else is wrong with it is found later."""
+    try:
+        list_inputs(_on(day, job.input))
+    except NothingThereError as error:
+        return first_line(error)
+    except (RaylmError, OSError):
+        return None
+    return None
+
+
+def _on(day: date, pattern: str) -> str:
+    return pattern.replace("{date}", day.isoformat())
+
+
+def _run(settings: Settings, day: date, job: NightlyJob, record: _Recording, connect: Callable[[], object]) -> Record:
     """A job of a date, whatever becomes of it."""
     from raylm.inference.batch import run_batch
 
-    watch = Stopwatch()
-
-    def record(status: Status, reason: str | None = None, **counts: Any) -> Record:
-        ended_at = datetime.now(UTC).isoformat(timespec="seconds")
-        seconds = round(watch.elapsed_s, 1)
-        return Record(day.isoformat(), job.name, status, reason, **counts, seconds=seconds, ended_at=ended_at)
-
-    source, target = (pattern.replace("{date}", day.isoformat()) for pattern in (job.input, job.output))
     try:
-        try:
-            list_inputs(source)
-        except InputError as error:
-            return record("missing", first_line(error))
         options = {"prompt": job.prompt, "max_errors": job.max_errors}
         manifest = run_batch(
             with_options(settings, "batch", {key: value for key, value in options.items() if value is not None}),
             TASKS[job.task],
-            source,
+            _on(day, job.input),
             model=job.model,
             columns=job.columns,
             source_language=job.source_language,
             to=job.to,
-            output=target,
+            output=_on(day, job.output),
             through=settings.nightly.through,
             connect=connect,
         )

@@ -29,9 +29,10 @@ from raylm.summary import (
     stage_table,
     text_facts,
 )
+from raylm.tasks import TASKS
 
 PAGE = "report.html"
-STAGES = ("prepare", "pretrain", "finetune", "evaluate", "export", "batch-translate", "batch-summarize")
+STAGES = ("prepare", "pretrain", "finetune", "evaluate", "export", *(f"batch-{task}" for task in TASKS))
 """In the order of the road."""
 
 _MOST_SAMPLES = 30

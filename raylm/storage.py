@@ -7,10 +7,12 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -271,13 +273,15 @@ class StoragePath:
 
 
 class AtomicWriter:
-    """Writes beside the target and renames at the end; an object store publishes on close by itself."""
+    """Writes beside the target and renames at the end; for an object store, into a local file that is uploaded then.
+
+    A stream into an object store cannot be given up: whatever ends it publishes what it has got.
+    """
 
     def __init__(self, target: StoragePath) -> None:
         self._target = target
-        self._written_to = target
-        if target.is_local:
-            self._written_to = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+        place = target.parent if target.is_local else StoragePath(tempfile.gettempdir())
+        self._written_to = place / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
 
     def __enter__(self) -> pa.NativeFile:
         try:
@@ -289,26 +293,27 @@ class AtomicWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         try:
+            self._stream.close()
             if kind is None:
-                self._stream.close()
-                if self._written_to is not self._target:
-                    self._written_to.move_to(self._target)
-                return
+                self._publish()
         except OSError as failure:
-            kind, error = type(failure), failure
-        self._discard()
+            error = error or failure
+        with suppress(OSError):  # what failed was the disk; the first error says so
+            self._written_to.delete()
         if isinstance(error, OSError):
-            raise OutputError(f"cannot write {self._target}: {_reason(error)}") from error
+            by_way = "" if self._target.is_local else f" (it is put together in {tempfile.gettempdir()})"
+            raise OutputError(f"cannot write {self._target}: {_reason(error)}{by_way}") from error
 
-    def _discard(self) -> None:
-        try:
-            if self._written_to.is_local:
-                self._stream.close()
-                self._written_to.delete()
-            else:
-                self._stream.abort()
-        except (OSError, AttributeError):
-            pass  # what failed was the disk; the first error says so
+    def _publish(self) -> None:
+        if self._target.is_local:
+            self._written_to.move_to(self._target)
+            return
+        with (
+            self._written_to.local().open("rb") as source,
+            self._target.filesystem.open_output_stream(self._target.path) as sink,
+        ):
+            while block := source.read(_COPY_BYTES):
+                sink.write(block)
 
 
 def persistently(place: StoragePath, action: Callable[[], T]) -> T:
@@ -407,7 +412,7 @@ class Stopwatch:
 def find_files(pattern: str, suffixes: tuple[str, ...]) -> Iterator[tuple[StoragePath, fs.FileInfo]]:
     """The files that a path names: itself, the fitting files below a directory, or the matches of a glob.
 
-    Hidden files and those that start with `_` are passed over below a directory, as Hive and Spark do.
+    Hidden files and those that start with `_` are passed over, as Hive and Spark do, where they are not named.
     """
     place = StoragePath(pattern)
     info = place.info()
@@ -417,8 +422,8 @@ def find_files(pattern: str, suffixes: tuple[str, ...]) -> Iterator[tuple[Storag
     if info.type == fs.FileType.Directory:
         for child, child_info in place.list(recursive=True):
             below = child_info.path[len(place.path.rstrip("/")) + 1 :]
-            hidden = any(part.startswith((".", "_")) for part in below.split("/"))
-            if child_info.type == fs.FileType.File and not hidden and child.name.endswith(suffixes):
+            is_shown = not _is_hidden(below) and child.name.lower().endswith(suffixes)
+            if child_info.type == fs.FileType.File and is_shown:
                 yield child, child_info
         return
     if any(sign in place.path for sign in "*?["):
@@ -429,10 +434,17 @@ def find_files(pattern: str, suffixes: tuple[str, ...]) -> Iterator[tuple[Storag
         for _ in parts[globs[0] :]:
             base = base.parent
         deep = len(parts) > globs[0] + 1
+        names_hidden = _is_hidden("/".join(parts[globs[0] :]))
         selector = fs.FileSelector(folder, recursive=deep, allow_not_found=True)
         for match in sorted(place.filesystem.get_file_info(selector), key=lambda entry: entry.path):
-            if match.type == fs.FileType.File and _matches(match.path, place.path):
-                yield base / match.path[len(folder.rstrip("/")) + 1 :], match
+            below = match.path[len(folder.rstrip("/")) + 1 :]
+            is_shown = names_hidden or not _is_hidden(below)
+            if match.type == fs.FileType.File and is_shown and _matches(match.path, place.path):
+                yield base / below, match
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith((".", "_")) for part in path.split("/"))
 
 
 def _matches(path: str, pattern: str) -> bool:

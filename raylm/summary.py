@@ -17,9 +17,17 @@ from rich.text import Text
 from raylm.progress import duration
 from raylm.storage import METRICS, Manifest, StoragePath
 
-SCORES = {"chrf": "chrF", "bleu": "BLEU", "exact_match": "exact match %"}
-SCORES |= {"accuracy": "accuracy %", "macro_f1": "macro-F1"}
-SCORES |= {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
+SCORES = {
+    "chrf": "chrF",
+    "bleu": "BLEU",
+    "exact_match": "exact match %",
+    "f1": "F1",
+    "accuracy": "accuracy %",
+    "macro_f1": "macro-F1",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+}
 _MINOR_SCORES = ("ROUGE-1", "ROUGE-2")
 _MOST_FACTS = 12
 _MOST_REASONS = 5
@@ -44,25 +52,24 @@ def manifest_table(manifest: Manifest) -> str:
     return rendered(lines)
 
 
-def quickstart_summary(manifests: list[Manifest], report_path: str) -> str:
+def quickstart_summary(manifests: list[Manifest], page: StoragePath) -> str:
     """The end of `raylm quickstart`: what each stage gave and where it is, a few samples, the page.
 
-    :param report_path: the page, which lies in the storage's root.
+    :param page: that of the report, which lies in the storage's root.
     """
-    storage = StoragePath(report_path).parent
+    storage = page.parent
     rows = []
     for manifest in manifests:
-        directory = StoragePath(manifest.directory)
+        directory = storage / below(storage, manifest.directory)  # which says no passwords
         places = [below(storage, path) for path in _output_paths(manifest) or [manifest.directory]]
         rows.append((manifest, (directory / METRICS).read_jsonl(), places))
     lines = stage_table(rows)
-    for title, stage in (("translations", "batch-translate"), ("summaries", "batch-summarize")):
-        samples = [sample for manifest in manifests if manifest.stage == stage for sample in manifest.samples]
-        if samples:
-            lines.append(Text(title, style="bold"))
-            lines += [_sample_line(sample["source"], sample["output"]) for sample in samples[:3]]
+    for manifest in manifests:
+        if manifest.stage.startswith("batch-") and manifest.samples:
+            lines.append(Text(manifest.stage, style="bold"))
+            lines += [_sample_line(sample["source"], sample["output"]) for sample in manifest.samples[:3]]
             lines.append(Text())
-    return rendered([*lines, Text(f"everything is below {storage}"), Text(f"page: {report_path}")])
+    return rendered([*lines, Text(f"everything is below {storage}"), Text(f"page: {page}")])
 
 
 def manifest_facts(manifest: Manifest) -> list[tuple[str, str]]:

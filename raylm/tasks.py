@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-SUMMARY_TOKEN = ">>summary<<"
+SUMMARY_TOKEN, ANSWER_TOKEN = ">>summary<<", ">>answer<<"
 
 
 def language_token(to: str) -> str:
@@ -21,6 +23,8 @@ class Task:
     :param done: the participle for an output file's name: `input.translated.parquet`.
     :param metrics: the scores of `raylm.metrics` that suit it, the most telling one first.
     :param fields: what it reads of a row.
+    :param token: what stands before the text for models that raylm makes; of `translate` it depends on the language.
+    :param template: how several fields become one text.
     """
 
     name: str
@@ -28,30 +32,55 @@ class Task:
     done: str
     metrics: tuple[str, ...]
     fields: tuple[str, ...] = ("text",)
+    token: str | None = None
+    template: str | None = None
 
-    def prompt_token(self, to: str | None = None) -> str:
-        """The task token that stands before the text, for models that raylm makes.
+    def text(self, fields: Sequence[str]) -> str:
+        """What it reads of a row as one text."""
+        return self.template.format_map(dict(zip(self.fields, fields, strict=True))) if self.template else fields[0]
+
+    def prompt_token(self, to: str | None = None) -> str | None:
+        """The task token that stands before the text, for models that raylm makes; None where nothing does.
 
         :param to: the target language, for `translate`.
-        :raises ValueError: `translate` without a language, or a task that no token asks for.
+        :raises ValueError: `translate` without a language.
         """
-        if self == SUMMARIZE:
-            return SUMMARY_TOKEN
         if self != TRANSLATE:
-            raise ValueError(f"{self.name} has no task token")
+            return self.token
         if not to:
             raise ValueError("translate needs a target language, such as 'de'")
         return language_token(to)
 
 
 TRANSLATE = Task("translate", column="translation", done="translated", metrics=("chrf", "bleu", "exact_match"))
-SUMMARIZE = Task("summarize", column="summary", done="summarized", metrics=("rougeL", "rouge1", "rouge2"))
+SUMMARIZE = Task(
+    "summarize",
+    column="summary",
+    done="summarized",
+    metrics=("rougeL", "rouge1", "rouge2"),
+    token=SUMMARY_TOKEN,
+)
 CLASSIFY = Task("classify", column="label", done="classified", metrics=("accuracy", "macro_f1"))
 GENERATE = Task("generate", column="generated", done="generated", metrics=("exact_match", "rougeL"))
 ANSWER = Task(
-    "answer", column="answer", done="answered", metrics=("exact_match", "rouge1"), fields=("question", "context")
+    "answer",
+    column="answer",
+    done="answered",
+    metrics=("f1", "exact_match"),
+    fields=("question", "context"),
+    token=ANSWER_TOKEN,
+    template="question: {question} context: {context}",  # as T5 has learned it (Raffel et al. 2020, appendix D.15)
 )
 
+_PARTS = re.compile("question: (.*?) context: (.*)", re.DOTALL)
+
+
+def parted(task: Task, source: str) -> tuple[str, ...]:
+    """What a task read of a row, of the one text that its template made of it."""
+    match = _PARTS.fullmatch(source) if task == ANSWER else None
+    return match.groups() if match else (source,) * len(task.fields)
+
+
 TASKS = {task.name: task for task in (TRANSLATE, SUMMARIZE, CLASSIFY, GENERATE, ANSWER)}
-LEARNED = {task.name: task for task in (TRANSLATE, SUMMARIZE, CLASSIFY)}
-"""What raylm trains a model of its own for."""
+LEARNED = {task.name: task for task in (TRANSLATE, SUMMARIZE, ANSWER, CLASSIFY)}
+"""What labelled pairs teach a model of raylm's own."""

@@ -121,7 +121,7 @@ def test_a_storage_that_cannot_be_written_is_one_line(tmp_path: Path, ray_cluste
     result = run(command, "--set", f"storage={tmp_path}/file/below", "--set", corpus)
     assert result.exit_code == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"raylm: error: cannot write {tmp_path}/file/below")
+    assert last.startswith(f"raylm: error: cannot make the directory {tmp_path}/file/below")
     assert last.endswith(("Not a directory", "File exists"))
 
 

@@ -47,3 +47,12 @@ def test_a_rare_label_weighs_as_much_as_a_common_one() -> None:
         100 * (2 / 3 + 2 / 4 + 0) / 3, abs=0.01
     )
     assert metrics.score(("accuracy", "macro_f1"), [], []) == {"accuracy": 0.0, "macro_f1": 0.0}
+
+
+def test_answers_are_compared_by_their_words() -> None:
+    # 2 of 3 and 2 of 2 words in common: 2·2 / (3 + 2)
+    assert metrics.f1(["the quick brown fox"], ["Brown fox!"]) == {"f1": 80.0}
+    assert metrics.f1(["b c", "", "x"], ["c b", "", "y"]) == {"f1": pytest.approx(200 / 3, abs=0.01)}
+    # 4 of 4 and 4 of 5 characters
+    assert metrics.f1(["天气很好"], ["天气很好吧。"]) == {"f1": pytest.approx(100 * 8 / 9, abs=0.01)}
+    assert metrics.score(("f1", "exact_match"), ["The fox"], ["fox"]) == {"f1": 100.0, "exact_match": 0.0}

@@ -116,3 +116,37 @@ def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"no model")
     with pytest.raises(ArtifactError, match=r"model .*broken\.gguf: cannot be loaded by transformers"):
         models.load_config(str(tmp_path / "broken.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "expected"),
+    [
+        ("bert", {}, "encoder"),
+        ("bert", {"is_decoder": True}, "decoder"),
+        ("camembert", {}, "encoder"),
+        ("xlm-roberta", {}, "encoder"),
+        ("modernbert", {}, "encoder"),
+        ("big_bird", {}, "encoder"),
+        ("llama", {}, "decoder"),
+        ("qwen2", {}, "decoder"),
+        ("gpt2", {}, "decoder"),
+        ("gemma3_text", {}, "decoder"),
+        ("bart", {}, "encoder-decoder"),
+        ("t5", {}, "encoder-decoder"),
+    ],
+)
+def test_the_shape_of_a_model_of_the_hub(kind: str, more: dict[str, Any], expected: str) -> None:
+    from transformers import AutoConfig
+
+    assert models.architecture(AutoConfig.for_model(kind, **more)) == expected
+
+
+def test_where_positions_begin_and_windows_end() -> None:
+    from transformers import AutoConfig
+
+    assert models.first_position(AutoConfig.for_model("roberta")) == 2
+    assert models.first_position(AutoConfig.for_model("bert")) == 0
+    assert models.has_windows(AutoConfig.for_model("mistral"))
+    assert models.has_windows(AutoConfig.for_model("gemma3_text"))
+    assert not models.has_windows(AutoConfig.for_model("qwen2"))
+    assert not models.has_windows(AutoConfig.for_model("llama"))

@@ -46,3 +46,20 @@ def test_from_text_to_translations_on_s3(small_settings: Settings, object_store:
         pq.write_table(pa.table({"text": ["Monday", "5 May 2025"]}), stream)
     done = run_batch(settings, TRANSLATE, rows.uri, output=object_store.format("out.parquet"), to="de")
     assert done.counts["rows"] == 2
+
+
+def test_an_object_is_published_whole_or_not_at_all(object_store: str) -> None:
+    file = StoragePath(object_store.format("deep/file.txt"))
+    file.write_bytes(b"old")
+    with pytest.raises(RuntimeError), file.writing() as stream:
+        stream.write(b"new, but")
+        raise RuntimeError("interrupted")
+    assert file.read_bytes() == b"old"
+    fresh = StoragePath(object_store.format("deep/fresh.txt"))
+    with pytest.raises(RuntimeError), fresh.writing() as stream:
+        stream.write(b"a part")
+        raise RuntimeError("interrupted")
+    assert not fresh.is_file()
+    with fresh.writing() as stream:
+        stream.write(b"x" * (20 << 20))  # of several parts
+    assert fresh.info().size == 20 << 20

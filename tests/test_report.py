@@ -579,7 +579,7 @@ def test_quickstart_ends_with_samples_that_fit_the_terminal(
     places = ("tokens/default", "runs/pretrain", "runs/finetune", "runs/finetune/evaluation")
     manifests = [found for place in places if (found := Manifest.read(StoragePath(f"{storage}/{place}")))]
     manifests += [batch_manifest(task, storage / f"batch/{task}.parquet") for task in ("translate", "summarize")]
-    said = quickstart_summary(manifests, str(storage / "report.html"))
+    said = quickstart_summary(manifests, StoragePath(str(storage / "report.html")))
     samples = [line for line in said.splitlines() if " → " in line and "[bold]" in line]
     assert len(samples) == 6
     assert all(cell_len(line) <= width and line.count("…") == 2 for line in samples)

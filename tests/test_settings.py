@@ -124,3 +124,27 @@ def test_every_cluster_file_is_what_ray_and_raylm_take(path: Path) -> None:
 
     settings.load(path)
     validate_config(prepare_config(yaml.safe_load(path.read_text())))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("max_workers: many", "cluster.yaml: max_workers: found 'many', a whole number is expected"),
+        ("max_workers: null", None),
+    ],
+)
+def test_machines_that_are_none_are_told(tmp_path: Path, text: str, said: str | None) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"{text}\nhead_node_type: head\navailable_node_types: {{head: , worker: {{max_workers: null}}}}\n")
+    if said is None:
+        assert settings.load(file).topology is not None
+        return
+    with pytest.raises(SettingsError, match=said):
+        settings.load(file)
+
+
+def test_the_nearest_name_is_told_in_a_section_that_may_be_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("metadata: {raylm: {finetune: {lora: {rnk: 8}}}}")
+    with pytest.raises(SettingsError, match=r"unknown key 'finetune.lora.rnk'; did you mean 'rank'\?"):
+        settings.load(file)

@@ -107,3 +107,18 @@ def test_names_that_a_uri_escapes_are_found_again(tmp_path: Path) -> None:
     (tmp_path / "a b" / "100%20.txt").write_text("text")
     for pattern in (tmp_path.as_uri(), f"{tmp_path.as_uri()}/a%20b", f"{tmp_path.as_uri()}/*/*.txt"):
         assert [file.read_bytes() for file, _ in find_files(pattern, (".txt",))] == [b"text"]
+
+
+def test_hidden_files_are_passed_over_where_they_are_not_named(tmp_path: Path) -> None:
+    for name in ("a.CSV", "_SUCCESS.csv", ".b.csv", "c.csv", "_old/d.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+
+    def found(pattern: str) -> list[str]:
+        return [place.name for place, _ in find_files(str(tmp_path / pattern), (".csv",))]
+
+    assert found("") == ["a.CSV", "c.csv"]
+    assert found("*") == ["a.CSV", "c.csv"]
+    assert found("**/*.csv") == ["c.csv"]
+    assert found("_*") == ["_SUCCESS.csv"]
+    assert found("_old/*") == ["d.csv"]

@@ -51,10 +51,10 @@ def main() -> None:
 
 @main.command()
 @click.option("--out", type=click.Path(), help="Directory for all artifacts. Default: `storage`.")
-@click.option("--to", default="de", show_default=True, help="Target language.")
+@click.option("--to", help="Target language of what is made from Unicode CLDR. Default: as the settings say.")
 @with_settings
-def quickstart(settings: Settings, out: str | None, to: str) -> None:
-    """Text to trained model to translated files, on this machine, in minutes."""
+def quickstart(settings: Settings, out: str | None, to: str | None) -> None:
+    """Text to trained model to translated files, on this machine: the whole road of the settings."""
     from raylm.quickstart import run_quickstart
 
     with ray_session():
@@ -116,13 +116,14 @@ def evaluate(settings: Settings, as_json: bool) -> None:
 
 
 @main.command()
+@click.option("--pretrained", is_flag=True, help="The pretrained model instead, which writes on or is to be tuned.")
 @with_settings
 @json_option
-def export(settings: Settings, as_json: bool) -> None:
+def export(settings: Settings, pretrained: bool, as_json: bool) -> None:
     """Write the fine-tuned model in Hugging Face layout, with a model card."""
     from raylm.training.export import export as stage
 
-    print_manifest(stage(settings), as_json)
+    print_manifest(stage(settings, pretrained), as_json)
 
 
 for command in (

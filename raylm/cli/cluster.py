@@ -221,7 +221,8 @@ def nightly(settings: Settings, now: datetime | None, as_json: bool) -> None:
 
     with ExitStack() as stack:
         moment = (now or datetime.now(UTC)).replace(tzinfo=UTC)
-        summary = run_night(settings, moment, lambda: stack.enter_context(ray_session()))
+        is_served = settings.nightly.through == "serve"
+        summary = run_night(settings, moment, lambda: stack.enter_context(ray_session(with_service=is_served)))
     if as_json:
         click.echo(summary.to_json())
     else:

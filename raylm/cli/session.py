@@ -14,10 +14,11 @@ from raylm.errors import RaylmError
 
 
 @contextmanager
-def ray_session(join: bool = False) -> Iterator[None]:
+def ray_session(join: bool = False, with_service: bool = False) -> Iterator[None]:
     """A connection to Ray: that of `$RAY_ADDRESS`, one that `ray start` started here, or a new one of this process.
 
     :param join: only to a running one: that of `raylm serve` on this machine, or any other.
+    :param with_service: that of `raylm serve` on this machine, where it runs.
     :raises RaylmError: there is none to join.
     """
     # Ray warns of this in every process; nothing here depends on either behaviour.
@@ -27,10 +28,10 @@ def ray_session(join: bool = False) -> Iterator[None]:
         _use_own_token()
         # Workers that compute together all wait for the one that another process of this machine holds up.
         os.environ.setdefault("RAY_worker_niceness", "0")
-    if join and not address:
+    if (join or with_service) and not address:
         from raylm.inference.service.address import noted_service
 
-        address = noted_service() or "auto"
+        address = noted_service() or ("auto" if join else None)
     import ray
 
     if ray.is_initialized():

@@ -104,6 +104,8 @@ def follow(
 
     :raises RaylmError: there is no such job, or the cluster has not answered for two minutes.
     """
+    from aiohttp import ClientError  # a line that breaks while it is made
+
     told = 0
 
     async def listen() -> None:
@@ -118,7 +120,7 @@ def follow(
 
     while True:
         _answered(lambda: client.get_job_status(submission_id), f"job {submission_id}", note)
-        with suppress(RuntimeError, OSError, asyncio.TimeoutError), hushed(_CLIENT_LOG, logging.WARNING):
+        with suppress(RuntimeError, OSError, asyncio.TimeoutError, ClientError), hushed(_CLIENT_LOG, logging.WARNING):
             asyncio.run(listen())
         info: JobDetails = _answered(lambda: client.get_job_info(submission_id), f"job {submission_id}", note)
         if info.status.is_terminal():
@@ -151,7 +153,8 @@ def _started(
         if not job.status.is_terminal():
             note(f"{submission_id} runs already: following it")
             return submission_id
-    submission_id = f"{name}-{len(ours) + 1}"
+    numbers = [int(number) for submission_id in ours if (number := submission_id.removeprefix(f"{name}-")).isdecimal()]
+    submission_id = f"{name}-{max(numbers, default=0) + 1}"
 
     def start() -> str:
         return str(

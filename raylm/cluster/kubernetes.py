@@ -15,6 +15,7 @@ from raylm.cluster.file import ClusterFile
 from raylm.cluster.jobs import DASHBOARD_PORT
 from raylm.errors import SettingsError
 from raylm.settings import Settings, model_directory
+from raylm.storage import fingerprint
 
 _SETTINGS_AT = "/etc/raylm"
 _API = "ray.io/v1"
@@ -32,7 +33,9 @@ def ray_cluster(cluster: ClusterFile) -> list[Resource]:
 
 def ray_job(cluster: ClusterFile, settings: Settings, command: str) -> list[Resource]:
     """A cluster that is made for a command of raylm, and ends with it."""
-    return [_settings_map(cluster), _resource(cluster, "RayJob", _job_spec(cluster, settings, command), suffix="job")]
+    name, *options = shlex.split(command)
+    suffix = f"{name}-{fingerprint(options)[:6]}" if options else name  # each is a resource of its own
+    return [_settings_map(cluster), _resource(cluster, "RayJob", _job_spec(cluster, settings, command), suffix=suffix)]
 
 
 def ray_cron_job(cluster: ClusterFile, settings: Settings) -> list[Resource]:
@@ -81,7 +84,7 @@ def cron_job(cluster: ClusterFile, settings: Settings) -> list[Resource]:
         "schedule": settings.nightly.schedule,
         "timeZone": settings.nightly.timezone,
         "concurrencyPolicy": "Forbid",
-        "jobTemplate": {"spec": {"backoffLimit": settings.job.retries, "template": {"spec": pod}}},
+        "jobTemplate": {"spec": {"backoffLimit": 0, "template": {"spec": pod}}},  # `raylm submit` tries again itself
     }
     metadata = {"name": f"{name}-nightly", **_namespace(cluster)}
     return [

@@ -9,11 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 
 _TOKEN = Path("~/.ray/auth_token")
 _TUNNEL_S = 60.0
+_TUNNEL_LOOK_S = 1.0
+_TUNNEL_TRIES = 3
+"""Ends of a tunnel before the head has ever answered through it, after which there will be none."""
 
 
 def up(path: Path) -> None:
@@ -40,15 +45,7 @@ def up(path: Path) -> None:
     :raises SettingsError: the file has errors, as `raylm cluster check` finds them, or is not for Ray's launcher.
     :raises RaylmError: Ray's launcher fails; what it said is above.
     """
-    cluster = read(path)
-    if cluster.provider == "kuberay":
-        raise SettingsError(
-            f"{path}: pods are made by KubeRay: raylm render --to raycluster {path} | kubectl apply -f -"
-        )
-    _ensure_token()
-    errors = [str(finding) for finding in check([path]) if finding.is_error]
-    if errors:
-        raise SettingsError("\n".join([f"{path} has {len(errors)} errors; nothing was launched", *errors]))
+    _launchable(path)
     _ray("up", "-y", "--no-config-cache", str(path))
 
 
@@ -66,37 +63,75 @@ def run(
 ) -> Ended:
     """Run a script on a cluster that is made for it, and ended when the job is: also when that fails, or is stopped.
 
-    What the job prints is kept in `<storage>/jobs/<submission id>.log`, and beside it what its machines have logged,
-    each in an archive.
+    What the job prints is kept in `<storage>/jobs/<submission id>.log`, also of one that is stopped, and beside it what
+    its machines have logged, each in an archive.
 
-    :raises RaylmError: the cluster cannot be made, or the job not be submitted.
+    :raises RaylmError: the cluster cannot be made, or is up already, or the job cannot be submitted.
     """
     settings, printed = load(path), []
+    name = f"{Path(script).stem}-stopped-{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}"
 
     def heard(text: str) -> None:
         printed.append(text)
         echo(text)
 
+    cluster = _launchable(path)
+    if _is_up(path):
+        raise RaylmError(
+            f"{path}: its cluster is up already, and would end with the job; `raylm submit` runs a job on it,"
+            f" `raylm down {path}` ends it"
+        )
     with _stoppable():
         try:
-            up(path)
-            with _dashboard(read(path)) as address:
+            _ray("up", "-y", "--no-config-cache", str(path))
+            with _dashboard(cluster) as address:
                 client = connect(address)
                 ended = submit(client, script, arguments, settings.job, heard, note)
-                _keep_logs(client, ended.submission_id, settings.job, note)
+                name = ended.submission_id
+                _keep_logs(client, name, settings.job, note)
         finally:
             with _unstoppable():
-                down(path)
-    log = StoragePath(settings.storage) / "jobs" / f"{ended.submission_id}.log"
+                try:
+                    down(path)
+                finally:
+                    _keep_output(StoragePath(settings.storage) / "jobs" / f"{name}.log", printed, note)
+    return ended
+
+
+# -------------------------------------------------------------------------------------------- helpers
+
+
+def _launchable(path: Path) -> ClusterFile:
+    """A file that Ray's launcher may be given, after making the token that its cluster will ask for.
+
+    :raises SettingsError: it has errors, as `raylm cluster check` finds them, or is not for Ray's launcher.
+    """
+    cluster = read(path)
+    if cluster.provider == "kuberay":
+        raise SettingsError(
+            f"{path}: pods are made by KubeRay: raylm render --to raycluster {path} | kubectl apply -f -"
+        )
+    _ensure_token()
+    errors = [str(finding) for finding in check([path]) if finding.is_error]
+    if errors:
+        raise SettingsError("\n".join([f"{path} has {len(errors)} errors; nothing was launched", *errors]))
+    return cluster
+
+
+def _is_up(path: Path) -> bool:
+    """Whether a cluster has a head."""
+    words = [_program(), "get-head-ip", str(path)]
+    return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 0
+
+
+def _keep_output(log: StoragePath, printed: Sequence[str], note: Callable[[str], None]) -> None:
+    if not printed:
+        return
     try:
         log.parent.mkdir()
         log.write_bytes("".join(printed).encode())
     except (RaylmError, OSError) as error:  # a storage that the cluster alone reaches
         note(f"{log}: not written: {first_line(error)}")
-    return ended
-
-
-# -------------------------------------------------------------------------------------------- helpers
 
 
 def _keep_logs(
@@ -140,25 +175,48 @@ def _dashboard(cluster: ClusterFile) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
         return
     near = _free_port()  # another cluster may be at the head's own here
-    address = f"http://127.0.0.1:{near}"
-    tunnel = subprocess.Popen(
-        [_program(), "dashboard", "--port", str(near), "--remote-port", str(port), str(cluster.path)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
+    tunnel = [_program(), "dashboard", "--port", str(near), "--remote-port", str(port), str(cluster.path)]
+    with _kept_open(tunnel) as ends:
         end = time.monotonic() + _TUNNEL_S
-        while not _answers(address):
-            if tunnel.poll() is not None or time.monotonic() > end:
+        while not _answers(f"http://127.0.0.1:{near}"):
+            if time.monotonic() > end or len(ends) >= _TUNNEL_TRIES:
                 raise RaylmError(f"{cluster.path}: no tunnel to the head's dashboard; does `ray dashboard` work?")
             time.sleep(1)
-        yield address
+        yield f"http://127.0.0.1:{near}"
+
+
+@contextlib.contextmanager
+def _kept_open(tunnel: Sequence[str]) -> Iterator[Sequence[int]]:
+    """A command that runs meanwhile; one that ends is started again, as a line that was silent for too long does.
+
+    It gives the exit codes of those that have ended.
+    """
+    ended = threading.Event()
+    ends: list[int] = []
+
+    def keep() -> None:
+        while not ended.is_set():
+            process = subprocess.Popen(
+                tunnel,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            while process.poll() is None and not ended.wait(_TUNNEL_LOOK_S):
+                pass
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            ends.append(process.wait())
+            ended.wait(_TUNNEL_LOOK_S)
+
+    thread = threading.Thread(target=keep)
+    thread.start()
+    try:
+        yield ends
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(tunnel.pid, signal.SIGTERM)
-        tunnel.wait()
+        ended.set()
+        thread.join()
 
 
 def _free_port() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -49,14 +48,24 @@ def render(path: Path, target: str, command: str = "nightly") -> str:
 
 def nightly_command(cluster: ClusterFile) -> str:
     """What starts a night: on this machine, or as a job of a running cluster."""
-    words = ["raylm", "nightly"] if cluster.provider == "external" else ["raylm", "submit"]
+    words = ["raylm", "nightly"] if _runs_here(cluster) else ["raylm", "submit"]
     words += ["--cluster", str(cluster.path.absolute())]
-    return shlex.join(words if cluster.provider == "external" else [*words, "jobs/nightly.py"])
+    return shlex.join(words if _runs_here(cluster) else [*words, "jobs/nightly.py"])
+
+
+def _runs_here(cluster: ClusterFile) -> bool:
+    return cluster.provider == "external"
+
+
+def _directory() -> str:
+    """Where a schedule runs its command: here, as `job.working_dir` and relative paths are meant."""
+    return str(Path.cwd())
 
 
 def _crontab(cluster: ClusterFile, settings: Settings) -> str:
     nightly = settings.nightly
-    command = nightly_command(cluster).replace("%", r"\%")  # which cron would take for a line's end
+    command = f"cd {shlex.quote(_directory())} && {nightly_command(cluster)}"
+    command = command.replace("%", r"\%")  # which cron would take for a line's end
     return (
         f"# {cluster.get('cluster_name')}: `crontab -e` takes these lines; the program has to be on cron's PATH.\n"
         f"CRON_TZ={nightly.timezone}\n"
@@ -74,6 +83,7 @@ After=network-online.target
 
 [Service]
 Type=oneshot
+WorkingDirectory={_directory().replace("%", "%%")}
 ExecStart=/usr/bin/env {nightly_command(cluster).replace("%", "%%")}
 
 # {name}.timer, beside it; `systemctl enable --now {name}.timer`
@@ -120,13 +130,23 @@ def _field(text: str, lowest: int) -> str:
 def _named_days(text: str) -> str:
     if "/" in text:
         raise SettingsError(f"nightly.schedule: systemd has no steps of days of the week, found '{text}'")
-    named = re.sub(r"\d+", lambda found: _DAYS[int(found[0])] if int(found[0]) < len(_DAYS) else found[0], text)
-    return named.replace("-", "..")
+    parts = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if int(first) == 0 and dash:  # cron's weeks begin on Sunday, systemd's on Monday
+            parts.append("Sun")
+            first = "1"
+        if int(first) < int(last or first):
+            parts.append(f"{_DAYS[int(first)]}..{_DAYS[int(last)]}")
+        elif int(first) == int(last or first):
+            parts.append(_DAYS[int(first)])
+    return ",".join(parts)
 
 
 def _airflow(cluster: ClusterFile, settings: Settings) -> str:
     nightly = settings.nightly
     name = f"{cluster.get('cluster_name')}_nightly".replace("-", "_")
+    retries = settings.job.retries if _runs_here(cluster) else 0  # `raylm submit` tries again itself
     return f'''"""Batch jobs of the night, for Airflow 2.4 or newer; put it into the folder of DAGs."""
 
 import pendulum
@@ -140,5 +160,10 @@ with DAG(
     catchup=False,  # raylm makes up for missed nights itself
     max_active_runs=1,
 ):
-    BashOperator(task_id="nightly", bash_command={nightly_command(cluster)!r}, retries={settings.job.retries})
+    BashOperator(
+        task_id="nightly",
+        bash_command={nightly_command(cluster)!r},
+        cwd={_directory()!r},
+        retries={retries},
+    )
 '''

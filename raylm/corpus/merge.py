@@ -25,6 +25,7 @@ from raylm.corpus.shingles import Hashes, shingles
 from raylm.corpus.steps import Result, hash_bound, read_table, run_step, write_table
 from raylm.settings import DecontaminateSettings
 from raylm.storage import StoragePath
+from raylm.tasks import CLASSIFY
 
 MERGED = pa.schema(
     [
@@ -77,6 +78,7 @@ def _merge_part(plan: Plan, runs: Sequence[tuple[int, Result]], part: int, parts
     if len(table) > 1:
         is_first[1:] = pc.not_equal(hashes[1:], hashes[:-1]).to_numpy(zero_copy_only=False)
     kept = table.filter(pa.array(is_first))
+    is_asked = held_out_elsewhere(kept)
     clusters = _largest_groups(table, np.flatnonzero(is_first))
     is_forbidden = np.zeros(len(kept), bool)
     if plan.corpus.decontaminate.against:
@@ -86,9 +88,10 @@ def _merge_part(plan: Plan, runs: Sequence[tuple[int, Result]], part: int, parts
     if plan.corpus.keep_dropped:
         dropped = dropped_rows(table.filter(pa.array(~is_first)), "duplicate")
         dropped += dropped_rows(kept.filter(pa.array(is_forbidden)), "contaminated")
+        dropped += dropped_rows(kept.filter(pa.array(is_asked & ~is_forbidden)), "held_out_source")
         if dropped:
             write_dropped(plan.place("merge") / f"part-{part:05d}-dropped.parquet", dropped)
-    kept = kept.filter(pa.array(~is_forbidden))
+    kept = kept.filter(pa.array(~is_forbidden & ~is_asked))
     write_table(
         merged_file(plan, part),
         pa.table(
@@ -99,9 +102,24 @@ def _merge_part(plan: Plan, runs: Sequence[tuple[int, Result]], part: int, parts
     )  # fmt: skip
     return {
         "rows": len(kept),
-        "counts": {"dropped.duplicate": int((~is_first).sum()), "dropped.contaminated": int(is_forbidden.sum())},
+        "counts": {
+            "dropped.duplicate": int((~is_first).sum()),
+            "dropped.contaminated": int(is_forbidden.sum()),
+            "dropped.held_out_source": int((is_asked & ~is_forbidden).sum()),
+        },
         "clusters": clusters,
     }
+
+
+def held_out_elsewhere(rows: pa.Table) -> NDArray[np.bool_]:
+    """Which pairs would be learned while what they ask is held out with another answer.
+
+    Labelled texts are not among them: of their labels, one is chosen later.
+    """
+    is_pair = ~pc.is_in(rows["kind"], pa.array([DOCUMENT, CLASSIFY.name])).to_numpy(zero_copy_only=False)
+    held_out = rows["held_out"].to_numpy(zero_copy_only=False)
+    asked = _prefixes(rows["hash"])
+    return np.asarray(is_pair & ~held_out & np.isin(asked, np.unique(asked[is_pair & held_out])), bool)
 
 
 def _largest_groups(table: pa.Table, begins: NDArray[np.int64]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from raylm.storage import StoragePath, fingerprint
 
 WORK = "_work"
 """Below the artifact: what the steps wrote, so that a second start, or a changed setting, redoes only what it must."""
-_FORMAT = 2
+_FORMAT = 3
 """Raised when the same input and settings give other bytes than before."""
 _CLEAN = {"clean", "filters", "pair_filters", "pii", "keep_dropped"}
 _MERGE = {"validation", "shard_mb", "decontaminate"}
@@ -124,7 +124,7 @@ def _plan(settings: Settings, units: list[Unit]) -> Plan:
     return Plan(
         corpus=corpus,
         start_from=corpus.tokenizer.start_from or settings.model.start_from,
-        tokens=(StoragePath(settings.storage) / "tokens" / corpus.name).uri,
+        tokens=(StoragePath(settings.storage) / "tokens" / corpus.name).address,
         units=tuple(units),
         evaluation=tuple(evaluation),
     )

@@ -19,6 +19,7 @@ from raylm.corpus.plan import WORK, Plan, make_plan
 from raylm.corpus.shards import TOKENIZER, Ids, learn_tokenizer, tokenize, write_shards
 from raylm.corpus.steps import Result
 from raylm.errors import InputError
+from raylm.lease import held
 from raylm.progress import note
 from raylm.settings import Settings
 from raylm.storage import MANIFEST, Manifest, Stopwatch
@@ -26,15 +27,29 @@ from raylm.storage import MANIFEST, Manifest, Stopwatch
 _SHOWN = 5
 REJECTED = "rejected/rows.jsonl"
 _DROPPED = "dropped"
+_LOCK = "prepare.lock"
 
 
 def prepare(settings: Settings) -> Manifest:
     """Token shards and a tokenizer of the corpus in the settings; nothing is done where they exist already.
 
     :raises InputError: a source is missing or damaged, more rows cannot be read than allowed, or nothing is left.
+    :raises OutputError: another process is preparing this corpus.
     """
     stopwatch = Stopwatch()
     plan = make_plan(settings)
+    if (earlier := _up_to_date(plan)) is not None:
+        return earlier
+    taken = f"corpus {plan.root}: is being prepared by {{who}}; wait for it, or give this one another corpus.name"
+    with held(plan.root.mkdir() / _LOCK, taken):
+        return _up_to_date(plan) or _prepared(plan, stopwatch)
+
+
+def _up_to_date(plan: Plan) -> Manifest | None:
+    """What an earlier start has finished.
+
+    :raises InputError: more of its rows could not be read than is allowed by now.
+    """
     earlier = Manifest.read(plan.root)
     if earlier and earlier.inputs.get("key") == plan.key:
         counts = earlier.counts
@@ -42,7 +57,12 @@ def prepare(settings: Settings) -> Manifest:
         check_rejected(limit, counts["read"], counts.get("rejected", 0), rows)
         note(f"prepare: {plan.root} is up to date")
         return earlier
+    return None
+
+
+def _prepared(plan: Plan, stopwatch: Stopwatch) -> Manifest:
     (plan.root / MANIFEST).delete()  # unfinished from here on
+    _forget_shards(plan)
 
     seconds: dict[str, float] = {}
 
@@ -80,7 +100,14 @@ def _counts(*steps: list[Result]) -> Counter[str]:
     for results in steps:
         for result in results:
             counts.update(result["counts"])
-    late = ("duplicate", "contaminated", "near_duplicate", "repeated_paragraphs", "conflicting_label")
+    late = (
+        "duplicate",
+        "contaminated",
+        "held_out_source",
+        "near_duplicate",
+        "repeated_paragraphs",
+        "conflicting_label",
+    )
     counts["kept"] -= sum(counts[f"dropped.{reason}"] for reason in late)
     return counts
 
@@ -110,6 +137,14 @@ def _publish(plan: Plan, shards: list[dict[str, Any]]) -> None:
             for file, _ in plan.place(step).list():
                 if file.name.endswith("-dropped.parquet") and (step != "clean" or file.name in units):
                     (root / _DROPPED / f"{step}-{file.name}").write_bytes(file.read_bytes())
+
+
+def _forget_shards(plan: Plan) -> None:
+    """Forget that shards were written for other settings: these would lie over them, and not be written again."""
+    current = plan.place("pack").name
+    for place, _ in (plan.root / WORK).list():
+        if place.name.startswith("pack-") and place.name != current:
+            place.delete()
 
 
 def _forget(plan: Plan) -> None:

@@ -341,7 +341,7 @@ def aligned_rows(file: StoragePath, target: StoragePath, part: AlignedRange) -> 
             source_stream.seek(part.start)
             target_stream.seek(part.target_start)
         sources = _lines(source_stream, part.start, part.stop)
-        targets = _lines(target_stream, part.target_start, part.target_stop)
+        targets = _named_lines(target, target_stream, part.target_start, part.target_stop)
         for number, (source, wanted) in enumerate(itertools.zip_longest(sources, targets)):
             if source is None or wanted is None:
                 lines, target_lines = (
@@ -353,6 +353,12 @@ def aligned_rows(file: StoragePath, target: StoragePath, part: AlignedRange) -> 
                 yield _too_long(source[0], source[1], "one text a line is expected")
             else:
                 yield Row(source[0], [source[1].rstrip(b"\r\n"), wanted[1].rstrip(b"\r\n")])
+
+
+def _named_lines(file: StoragePath, stream: io.BufferedReader, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+    """As `_lines`; damage is that of this file."""
+    with damage_named(file, "text"):
+        yield from _lines(stream, start, stop)
 
 
 def aligned_ranges(file: StoragePath, target: StoragePath, unit_bytes: int) -> list[AlignedRange]:

@@ -16,7 +16,7 @@ from raylm.errors import InputError
 from raylm.sentences import split_text
 from raylm.settings import EvaluationSource
 from raylm.storage import StoragePath
-from raylm.tasks import CLASSIFY
+from raylm.tasks import CLASSIFY, TASKS
 
 _PARAGRAPH_END = re.compile(r"\n\s*\n")
 
@@ -59,19 +59,27 @@ def _read_docstrings(unit: Unit) -> Iterator[Record]:
 
 
 def _read_piece(piece: dict[str, Any], settings: dict[str, Any], documents: bool) -> Iterator[Record]:
-    columns = [settings["column"]] if documents else [settings["source"], settings["target"]]
+    names = ["column"] if documents else ["source", "context", "target"]
+    columns = [settings[name] for name in names if settings[name] is not None]
     for row in _rows(piece, settings["type"], columns):
         if isinstance(row, Rejected):
             yield row
         elif documents:
             yield from _documents(row, settings)
         else:
-            texts = readers.row_texts(_with_text_label(row) if settings["task"] == CLASSIFY.name else row, columns)
-            if isinstance(texts, Rejected):
-                yield texts
-            else:
-                source, target = texts
-                yield Pair(settings["task"], settings["to"], source, target, settings["split"], position=row.position)
+            yield _pair(row, columns, settings)
+
+
+def _pair(row: readers.Row, columns: list[str], settings: dict[str, Any]) -> Pair | Rejected:
+    task = TASKS[settings["task"]]
+    texts = readers.row_texts(_with_text_label(row) if task == CLASSIFY else row, columns)
+    if isinstance(texts, Rejected):
+        return texts
+    source, target, context = texts[0], texts[-1], texts[1] if len(texts) > 2 else None
+    if context is not None and not (source.strip() and context.strip()):
+        empty = columns[1] if source.strip() else columns[0]
+        return Rejected(f"{empty}: empty where a text is expected", row.position)
+    return Pair(task.name, settings["to"], source, target, settings["split"], context, position=row.position)
 
 
 def _with_text_label(row: readers.Row) -> readers.Row:

@@ -20,13 +20,15 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """What a task gets and what it should answer. `split` None: a hash of the source decides."""
+    """What a task gets and what it should answer. `split` None: a hash decides, of the context or else the source."""
 
     task: str
     to: str | None
     source: str
     target: str
     split: Split | None = None
+    context: str | None = None
+    """What the source is a question about: all questions about it are learned, or none is."""
     with_document: bool = False
     """The source is part of the document that comes next, which must not reach training where the pair may not."""
     position: int = 0

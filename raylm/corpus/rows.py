@@ -21,7 +21,7 @@ from raylm.corpus.readers import EXCERPT_CHARS
 from raylm.corpus.records import Document, Pair, Record, Rejected
 from raylm.language import identify
 from raylm.settings import CldrSource, CorpusSettings, PairFileSource
-from raylm.tasks import CLASSIFY
+from raylm.tasks import CLASSIFY, TASKS, TRANSLATE
 
 DOCUMENT = "document"
 """The kind of a document; that of a pair is its task."""
@@ -132,11 +132,13 @@ def _document(document: Document, corpus: CorpusSettings, linked: int | None, co
 
 
 def _pair(pair: Pair, corpus: CorpusSettings, origin: object, counts: Counter[str]) -> Outcome:
-    is_translation = pair.task == "translate"
-    source = clean_line(pair.source, corpus.clean) if is_translation else clean(pair.source, corpus.clean)
-    target = clean_line(pair.target, corpus.clean)
-    (source, in_source), (target, in_target) = _screened(source, corpus), _screened(target, corpus)
-    if corpus.pii.action == "drop" and (in_source or in_target):
+    is_translation = pair.task == TRANSLATE.name
+    cleaned = clean_line if is_translation else clean
+    texts = [cleaned(text, corpus.clean).strip() for text in (pair.source, pair.context) if text is not None]
+    screened = [_screened(text, corpus) for text in (*texts, clean_line(pair.target, corpus.clean))]
+    *fields, target = (text for text, _ in screened)
+    source = TASKS[pair.task].text(fields)
+    if corpus.pii.action == "drop" and any(found for _, found in screened):
         return Dropped("pii", pair.task, source, target)
     reason = reject_pair(
         source,
@@ -149,13 +151,20 @@ def _pair(pair: Pair, corpus: CorpusSettings, origin: object, counts: Counter[st
     )
     if reason is not None:
         return Dropped(reason, pair.task, source, target)
-    _count_masked(in_source, counts)
-    _count_masked(in_target, counts)
-    unique = {"pair": (source, target), "source": (source,), "target": (target,)}[corpus.dedup.pairs]
-    digest = xxhash.xxh3_128_digest("\0".join((pair.task, pair.to or "", *unique)).encode())
-    # By the source alone: the same source with two targets must not be learned and tested.
-    by = xxhash.xxh3_64_intdigest(source.encode())
-    return Cleaned(digest, pair.task, pair.to, pair.split, by, None, source, target, pair.to or "", counts["read"])
+    for _, found in screened:
+        _count_masked(found, counts)
+    asked = "\0".join((pair.task, pair.to or "", source))
+    if corpus.dedup.pairs == "target":
+        digest = xxhash.xxh3_128_digest("\0".join((pair.task, pair.to or "", target)).encode())
+    elif corpus.dedup.pairs == "source":
+        digest = xxhash.xxh3_128_digest(asked.encode())
+    else:
+        digest = _side_by_side(asked, target)
+    by = xxhash.xxh3_64_intdigest(fields[-1].encode())
+    split = pair.split
+    if split is None and isinstance(origin, CldrSource) and by >= corpus.validation * 2**64:
+        split = "train"  # its test rows have values that no other has
+    return Cleaned(digest, pair.task, pair.to, split, by, None, source, target, pair.to or "", counts["read"])
 
 
 def _labelled(pair: Pair, corpus: CorpusSettings, counts: Counter[str]) -> Outcome:
@@ -168,9 +177,14 @@ def _labelled(pair: Pair, corpus: CorpusSettings, counts: Counter[str]) -> Outco
         return Dropped(reason, pair.task, source, label)
     _count_masked(found, counts)
     by = xxhash.xxh3_64_intdigest(source.encode())
-    # Rows stand in the order of this hash: all labels of a text side by side, for one of them to be chosen.
-    digest = xxhash.xxh3_64_digest(f"{pair.task}\0{source}".encode()) + xxhash.xxh3_64_digest(label.encode())
+    digest = _side_by_side(f"{pair.task}\0{source}", label)
     return Cleaned(digest, pair.task, None, pair.split, by, None, source, label, "", counts["read"])
+
+
+def _side_by_side(asked: str, answer: str) -> bytes:
+    """A hash in whose order all answers to the same stand side by side: for a label to be chosen, and for none to be
+    learned where another is held out."""
+    return xxhash.xxh3_64_digest(asked.encode()) + xxhash.xxh3_64_digest(answer.encode())
 
 
 def _screened(text: str, corpus: CorpusSettings) -> tuple[str, dict[str, int]]:

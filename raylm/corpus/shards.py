@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from raylm.corpus import mixture
 from raylm.corpus.cleaning import dropped_rows, excerpt, write_dropped
 from raylm.corpus.dedup import near_duplicates
+from raylm.corpus.filters import width
 from raylm.corpus.merge import merged_file, part_names
 from raylm.corpus.pack import Packed, pack, token_type
 from raylm.corpus.paragraphs import repeats, without
@@ -50,8 +51,8 @@ def _rows(plan: Plan, part: int, parts: int) -> tuple[pa.Table, list[Dropped], i
         for row, places in gone.items():
             texts[row] = without(texts[row], places)
         table = table.set_column(table.schema.get_field_index("source"), "source", pa.array(texts, pa.string()))
-    changed = np.isin(np.arange(len(table)), list(gone))
-    short = changed & (pc.utf8_length(table["source"]).to_numpy() < plan.corpus.filters.min_chars)
+    short = np.zeros(len(table), bool)
+    short[list(gone)] = [width(table["source"][row].as_py()) < plan.corpus.filters.min_chars for row in gone]
     dropped += dropped_rows(table.filter(pa.array(short)), "repeated_paragraphs")
     conflicting = other_labels(table)
     dropped += dropped_rows(table.filter(pa.array(conflicting)), "conflicting_label")
@@ -223,7 +224,7 @@ def tokenized_pairs(pairs: pa.Table, encoder: Any, vocabulary: dict[str, int], e
             if task == CLASSIFY.name:
                 prompts[task, to] = _opening(encoder)
             else:
-                token = TASKS[task].prompt_token(to)
+                token = TASKS[task].prompt_token(to) or ""
                 known = vocabulary.get(token)
                 spelt = encoder.encode(token, add_special_tokens=False).ids
                 prompts[task, to] = [known] if known is not None else spelt

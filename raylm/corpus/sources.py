@@ -296,7 +296,10 @@ def _row_ranges(file: StoragePath, source: FileSource | PairFileSource, unit_byt
 
 
 def _columns(source: FileSource | PairFileSource) -> list[str]:
-    return [source.column] if isinstance(source, FileSource) else [source.source, source.target]
+    """The columns that are read, of pairs the target's last."""
+    if isinstance(source, FileSource):
+        return [source.column]
+    return [column for column in (source.source, source.context, source.target) if column is not None]
 
 
 def _check_text_columns(file: StoragePath, schema: pa.Schema, source: FileSource | PairFileSource) -> None:
@@ -306,7 +309,7 @@ def _check_text_columns(file: StoragePath, schema: pa.Schema, source: FileSource
         check_column(file, schema.names, column)
         kind = schema.field(column).type
         value = kind.value_type if pa.types.is_dictionary(kind) else kind
-        is_label = has_labels and column == _columns(source)[1]
+        is_label = has_labels and column == _columns(source)[-1]
         if not any(is_kind(value) for is_kind in _MAY_BE_TEXT) and not (is_label and pa.types.is_integer(value)):
             raise InputError(f"{file}: column '{column}' holds {kind}, text (string) is expected")
 

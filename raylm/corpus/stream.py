@@ -146,7 +146,7 @@ class Stream:
         return dict(sorted(counts.items()))
 
     def _documents(self, place: int, counts: Counter[str], rejected: list[dict[str, Any]]) -> pa.Table:
-        """The documents of a place to train on, shuffled, in the schema `CLEANED`."""
+        """The documents of a place to train on, shuffled, in the schema `CLEANED`, and which reading of them it is."""
         corpus = self.plan.corpus
         pieces = []
         for number, again in self._entries_at(place):
@@ -163,13 +163,17 @@ class Stream:
             hashes = np.array([row.split_hash for row in rows], np.uint64) ^ (round_ << np.uint64(32))
             share = self.shares[unit.source]
             taken = mixture.copies(hashes, share / math.ceil(share)) > 0
-            pieces.append(cleaned_table(rows).filter(pa.array(taken)))
+            piece = cleaned_table(rows).append_column("again", pa.array([again] * len(rows), pa.int64()))
+            pieces.append(piece.filter(pa.array(taken)))
         table = pa.concat_tables(pieces)
-        # Of copies, one that is held out stays, else the longest or the first, as in a prepared corpus.
+        # Of copies, one that is held out stays, else the longest or the first, as in a prepared corpus. What a mixture
+        # wants to be read several times is no copy.
         is_trained = splits_of(table, corpus.validation) == "train"
         lengths = pc.binary_length(table["source"]).to_numpy() if corpus.dedup.keep == "longest" else is_trained
         order = np.lexsort([-lengths.astype(np.int64), is_trained])
-        _, firsts = np.unique(np.array(table["hash"].to_pylist(), object)[order], return_index=True)
+        readings = zip(table["hash"].to_pylist(), table["again"].to_pylist(), strict=True)
+        names = np.array([digest + reading.to_bytes(4) for digest, reading in readings], object)
+        _, firsts = np.unique(names[order], return_index=True)
         counts["dropped.duplicate"] += len(table) - len(firsts)
         shuffled = np.random.default_rng((self.seed, place)).permutation(np.sort(order[firsts]))
         table, is_trained = table.take(shuffled), is_trained[shuffled]

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raylm.corpus.readers import BUFFER_BYTES, Row, check_column, damage_named
-from raylm.errors import InputError
+from raylm.errors import InputError, first_line
 from raylm.storage import StoragePath
 
 _BATCH_BYTES = 4 << 20
@@ -25,7 +25,7 @@ def opened_parquet(file: StoragePath) -> pq.ParquetFile:
         # Buffered: a column of a row group is read piece by piece, however large the row group is.
         return pq.ParquetFile(file.open_input(), buffer_size=BUFFER_BYTES)
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{file}: not a readable parquet file: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{file}: not a readable parquet file: {first_line(error)}") from error
 
 
 def parquet_rows(file: StoragePath, start: int, stop: int, columns: Sequence[str]) -> Iterator[Row]:
@@ -36,6 +36,7 @@ def parquet_rows(file: StoragePath, start: int, stop: int, columns: Sequence[str
         metadata = [parquet.metadata.row_group(group) for group in range(parquet.num_row_groups)]
         bounds = [0, *itertools.accumulate(group.num_rows for group in metadata)]
         groups = [group for group in range(len(metadata)) if bounds[group] < stop and start < bounds[group + 1]]
+        groups = [group for group in groups if metadata[group].num_rows]
         if not groups:
             return
         row_bytes = max(column_bytes(metadata[group], columns) / metadata[group].num_rows for group in groups)

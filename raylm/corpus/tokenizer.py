@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from raylm.errors import InputError
 from raylm.settings import TokenizerSettings
-from raylm.tasks import SUMMARY_TOKEN, language_token
+from raylm.tasks import ANSWER_TOKEN, SUMMARY_TOKEN, language_token
 
 UNKNOWN, BEGIN, END, MASK, PAD = "<unk>", "<s>", "</s>", "<mask>", "<pad>"
 SENTINELS = tuple(f"<extra_id_{n}>" for n in range(64))
@@ -38,7 +38,7 @@ _SPLIT = (
 
 def special_tokens(languages: Sequence[str], further: Sequence[str] = ()) -> list[str]:
     """Every token that is no text, in the order of their ids, but for `<pad>`, which comes last of all."""
-    tasks = [SUMMARY_TOKEN, *sorted({language_token(language) for language in languages})]
+    tasks = [SUMMARY_TOKEN, ANSWER_TOKEN, *sorted({language_token(language) for language in languages})]
     tokens = dict.fromkeys([UNKNOWN, BEGIN, END, MASK, *tasks, *further, *SENTINELS])
     return [token for token in tokens if token not in ("", PAD)]
 

@@ -17,7 +17,7 @@ from raylm.inference.chunks import Chunk, Job, job_key, plan_job, read_part
 from raylm.inference.claim import LOCK, claimed_output, finished_manifest, output_files, output_place
 from raylm.inference.engines import check_engine
 from raylm.inference.estimate import estimate
-from raylm.inference.io import list_inputs
+from raylm.inference.io import check_unchanged, list_inputs
 from raylm.inference.model import ModelInfo, absolute
 from raylm.inference.prompts import prompt_for
 from raylm.inference.results import assemble
@@ -91,7 +91,8 @@ def run_batch(
         raise SettingsError(
             f"a column is named for {', '.join(unknown)}, but the prompt reads {', '.join(prompt.fields)}"
         )
-    if finished := finished_manifest(target, key):
+    outputs = output_files(target, files, input)
+    if finished := finished_manifest(target, key, outputs):
         _check_finished(finished, settings.batch)
         return finished
 
@@ -117,7 +118,8 @@ def run_batch(
             price = hourly_price(settings.prices)
         _follow(job, left, done, batch.max_errors, price)
         checked = check_answers(job, batch.check) if batch.check else {}
-        manifest = assemble(job, files, output_files(target, files, input), work)
+        check_unchanged(files)
+        manifest = assemble(job, files, outputs, work)
         manifest.settings = {
             "key": key,
             **asked,

@@ -47,6 +47,9 @@ def output_place(pattern: str, files: Sequence[InputFile], task: Task, output: s
         raise OutputError(f"--output {output}: {len(files)} input files give a directory, this names a file")
     if (PurePosixPath(target.path) / "x").is_relative_to(place.path):
         raise OutputError(f"--output {output}: lies in its own input {place}")
+    inputs = {file.place.path for file in files}
+    if own := [file for file in output_files(target, files, pattern) if file.path in inputs]:
+        raise OutputError(f"--output {output}: would replace its input {own[0]}")
     return target
 
 
@@ -60,13 +63,16 @@ def work_directory(target: StoragePath) -> StoragePath:
     return target.parent / f"{target.name}.raylm"
 
 
-def finished_manifest(target: StoragePath, key: str) -> Manifest | None:
-    """The manifest of the same job, where it has been done and its outputs still are what it wrote."""
+def finished_manifest(target: StoragePath, key: str, places: Sequence[StoragePath]) -> Manifest | None:
+    """The manifest of the same job, where it has been done and its outputs still are what it wrote.
+
+    :param places: of the outputs.
+    """
     manifest = Manifest.read(work_directory(target))
     if manifest is None or manifest.settings.get("key") != key:
         return None
-    for output in manifest.outputs:
-        info = StoragePath(output["path"]).info()
+    for output, place in zip(manifest.outputs, places, strict=True):
+        info = place.info()
         if not info.is_file or info.size != output["bytes"]:
             return None
     return manifest

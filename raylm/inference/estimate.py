@@ -87,7 +87,8 @@ def _sample(job: Job) -> list[Chunk]:
 
 
 def _rows(job: Job, chunk: Chunk) -> list[Row]:
-    return read_fields(job.tables[chunk.file], job.columns[chunk.file], chunk.start, chunk.stop).values
+    table, columns = job.tables[chunk.file], job.columns[chunk.file]
+    return read_fields(table, columns, chunk.start, chunk.stop, job.prompt.template is not None).values
 
 
 def _workers(settings: BatchSettings, chunks: int) -> int:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raylm.errors import InputError
+from raylm.errors import InputError, NothingThereError, first_line
 from raylm.inference.answers import Row
 from raylm.inference.parquet import open_parquet, parquet_reader
 from raylm.inference.prompts import Prompt
@@ -93,15 +93,16 @@ def list_inputs(pattern: str) -> list[InputFile]:
     """The files of an input, in the order of their paths.
 
     :param pattern: a file, a directory or a glob, on any storage.
-    :raises InputError: there are none, one is empty, or one has an unknown suffix.
+    :raises NothingThereError: there are none.
+    :raises InputError: one is empty, or has an unknown suffix.
     """
     place = StoragePath(pattern)
     found = list(find_files(pattern, tuple(FORMATS)))
     if not found:
         if place.is_dir():
-            raise InputError(f"{pattern}: the directory holds no file that ends in {', '.join(FORMATS)}")
+            raise NothingThereError(f"{place}: the directory holds no file that ends in {', '.join(FORMATS)}")
         what = "no file matches" if is_glob(pattern) else "there is no such file or directory"
-        raise InputError(f"{pattern}: {what}")
+        raise NothingThereError(f"{place}: {what}")
     if place.is_file():
         root = place.parent.path
     elif place.is_dir():
@@ -156,8 +157,15 @@ def _type_in(table: InputTable, column: str) -> str:
 
 
 def _unreadable(file: InputFile, error: Exception) -> InputError:
-    reason = str(error).strip().splitlines()[0]
-    return InputError(f"{file.place}: not readable as {file.format}, corrupt or cut off: {reason}")
+    return InputError(f"{file.place}: not readable as {file.format}, corrupt or cut off: {first_line(error)}")
+
+
+def check_unchanged(files: Sequence[InputFile]) -> None:
+    """:raises InputError: a file is not the one that was listed: its rows are not those that were answered."""
+    for file in files:
+        info = file.place.info()
+        if (info.size, info.mtime_ns or 0) != (file.bytes, file.mtime_ns):
+            raise InputError(f"{file.place}: changed while the job ran; the same command does it anew, as it is now")
 
 
 # --------------------------------------------------------------------------------------------- column
@@ -251,11 +259,15 @@ def _cells(table: InputTable, columns: Sequence[str], start: int, stop: int) -> 
     """The values of each column in the rows [start, stop)."""
     if start >= stop:
         return [[] for _ in columns]
-    if table.prepared is None:
-        try:
+    try:
+        if table.prepared is None:
             return parquet_reader(table.file.uri, table.file.mtime_ns, tuple(columns)).take(start, stop)
-        except (pa.ArrowException, OSError) as error:
-            raise _unreadable(table.file, error) from error
+        return _prepared_cells(table, columns, start, stop)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(table.file, error) from error
+
+
+def _prepared_cells(table: InputTable, columns: Sequence[str], start: int, stop: int) -> list[list[Any]]:
     cells: list[list[Any]] = [[] for _ in columns]
     for batch in _prepared_rows(table, start, stop):
         if table.file.format == "jsonl":

@@ -15,7 +15,7 @@ from raylm.errors import ArtifactError
 from raylm.models import check_model_directory
 from raylm.settings import DecodeSettings
 from raylm.storage import StoragePath
-from raylm.tasks import ANSWER, CLASSIFY, TASKS, TRANSLATE, Task
+from raylm.tasks import ANSWER, CLASSIFY, TASKS, TRANSLATE, Task, language_token
 
 Kind = Literal["encoder-decoder", "decoder", "classifier", "reader"]
 """A reader marks the answer to a question in its context."""
@@ -116,8 +116,9 @@ class ModelInfo:
         config = _read_json(directory / "config.json")
         kind = _kind(path, config)
         card = _read_json(directory / "raylm.json") if (directory / "raylm.json").is_file() else None
-        positions = int(config.get("max_position_embeddings") or config.get("n_positions") or _DEFAULT_POSITIONS)
         said = card or {"max_source_tokens": _longest_of_tokenizer(directory)}
+        positions = int(config.get("max_position_embeddings") or config.get("n_positions") or _DEFAULT_POSITIONS)
+        positions = min(said.get("max_positions") or positions, positions)
         try:
             return cls(
                 uri=path,
@@ -147,7 +148,7 @@ class ModelInfo:
         """:raises ArtifactError: the model was not made for it."""
         if task.name not in self.tasks:
             raise ArtifactError(
-                f"model {self.where}: cannot {task.name}; its tasks: {', '.join(self.tasks)}"
+                f"model {self.where}: cannot {task.name}; its tasks: {', '.join(self.tasks) or 'none'}"
                 + ("" if self.is_ours else f" ({self.what} of type {self.model_type})")
             )
 
@@ -193,7 +194,9 @@ class ModelInfo:
 def _language_tokens(directory: Path) -> frozenset[str]:
     files = [directory / "vocab.json", directory / "tokenizer.json"]
     texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
-    return frozenset(name for text in texts for name in _LANGUAGE_TOKEN.findall(text)) - {"summary"}
+    of_tasks = {task.token for task in TASKS.values()}
+    found = {name for text in texts for name in _LANGUAGE_TOKEN.findall(text)}
+    return frozenset(name for name in found if language_token(name) not in of_tasks)
 
 
 @lru_cache(maxsize=8)

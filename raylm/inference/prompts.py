@@ -26,8 +26,6 @@ _INSTRUCTIONS = {
     GENERATE.name: "{{text}}",
 }
 _SHOWN = 8
-_QUESTION = "question: {question} context: {context}"
-"""As T5 has learned it (Raffel et al. 2020, appendix D.15)."""
 _TRANSLATION = re.compile("translation_(.+)_to_(.+)")
 _CODE = re.compile(r"__([a-z]{2,3})__|[a-z]{2}_[A-Z]{2}|[a-z]{3}_[A-Z][a-z]{3}")
 """Language codes of M2M100, mBART and NLLB."""
@@ -120,6 +118,7 @@ def _usual_prompt(
     if model.kind in ("classifier", "reader"):
         return prompt
     if model.is_ours:
+        prompt = prompt.with_template(task.template) if task.template else prompt
         return replace(prompt, token=_task_token(model, task, to, source_language))
     if model.kind == "decoder":
         if model.chats:
@@ -138,10 +137,10 @@ def _usual_prompt(
         return prompt.with_template(prefix.replace("{", "{{").replace("}", "}}") + "{text}")
     if task == TRANSLATE:
         return replace(prompt, token=_language_token(model, to))
-    return prompt.with_template(_QUESTION) if task == ANSWER else prompt
+    return prompt.with_template(task.template) if task.template else prompt
 
 
-def _task_token(model: ModelInfo, task: Task, to: str | None, source_language: str | None) -> str:
+def _task_token(model: ModelInfo, task: Task, to: str | None, source_language: str | None) -> str | None:
     if source_language and model.source_language and source_language != model.source_language:
         raise ArtifactError(f"model {model.where}: translates from '{model.source_language}', not '{source_language}'")
     return task.prompt_token(model.target_language(to) if task == TRANSLATE else None)

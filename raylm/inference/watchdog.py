@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from raylm.storage import StoragePath, fingerprint
+
+_BROKEN = 70
+"""The exit code of a process that cannot go on."""
 
 _watch: tuple[float, TextIO] | None = None
 """Seconds from one beat to the next, and what the traces are written to."""
@@ -44,6 +48,13 @@ def beat() -> None:
     if _watch:
         limit_s, file = _watch
         faulthandler.dump_traceback_later(limit_s, exit=True, file=file)
+
+
+def end(reason: str) -> NoReturn:
+    """End this process: another one is started in its place, and does what it was doing."""
+    sys.stderr.write(f"raylm: {reason}\n")
+    sys.stderr.flush()
+    os._exit(_BROKEN)
 
 
 def mark_of(place: StoragePath) -> Path:

@@ -18,6 +18,7 @@ from raylm.inference.engines.cache import RememberingEngine
 from raylm.inference.model import ModelInfo
 from raylm.inference.quarantine import Tries
 from raylm.settings import DecodeSettings, Topology
+from raylm.storage import persistently
 
 _MOST_BLOCKS = 2_000
 REQUESTS = 8
@@ -43,7 +44,7 @@ class ChunkWorker:
         try:
             chunk = self._job.chunks[int(batch["chunk"][0])]
             place = self._job.tries(chunk)
-            tries = Tries.note_one(place)
+            tries = persistently(place, partial(Tries.note_one, place))
             if self._engine is None:
                 engine = load_engine(ModelInfo.load(self._model), self._decode, self._device)
                 # Where answers are drawn, equal rows have answers of their own.

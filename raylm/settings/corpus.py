@@ -67,7 +67,7 @@ DocumentSource = Annotated[FileSource | DocstringsSource, Field(discriminator="t
 
 
 class PairFileSource(Section):
-    """Labelled pairs in files: two columns of a row, two aligned `text` files, the messages of a gettext catalog."""
+    """Labelled pairs in files: columns of a row, two aligned `text` files, the messages of a gettext catalog."""
 
     type: Literal["parquet", "jsonl", "csv", "datasets", "text", "gettext"]
     path: str
@@ -75,10 +75,12 @@ class PairFileSource(Section):
     target_path: str | None = None
     """For `text`: the file whose line n is the target of line n of `path`."""
     source: str = "source"
-    """The column with the input text."""
+    """The column with the input text; for `answer` with the question."""
+    context: str | None = None
+    """For `answer`: the column with the text that says the answer. All questions about one are in the same split."""
     target: str = "target"
     """The column with the wanted output; for `classify` the label, a text or a whole number."""
-    task: Literal["translate", "summarize", "classify"] = "translate"
+    task: Literal["translate", "summarize", "answer", "classify"] = "translate"
     to: str | None = None
     """The target language, such as `de`; needed for `translate`."""
     source_language: str | None = None
@@ -90,6 +92,13 @@ class PairFileSource(Section):
     def _complete(self) -> PairFileSource:
         if self.task == "translate" and not self.to:
             raise ValueError("task 'translate' needs the target language: add `to: de`")
+        if self.task == "answer" and (self.context is None or self.type in ("text", "gettext")):
+            raise ValueError(
+                "task 'answer' reads three columns of parquet, jsonl, csv or datasets, such as"
+                " {source: question, context: text, target: answer}"
+            )
+        if self.task != "answer" and self.context is not None:
+            raise ValueError(f"task '{self.task}' reads no context: take `context` out, or say `task: answer`")
         if self.task == "classify" and self.to:
             raise ValueError("task 'classify' answers with labels, not in a language: take `to` out")
         if (self.type == "text") != (self.target_path is not None):

@@ -107,6 +107,8 @@ class ServeSettings(Section):
     """How long a request waits for others to be decoded with."""
     batch_share: float = Field(default=0.5, gt=0, le=1)
     """The most of a replica's time that batch jobs get while people ask; after ten seconds without any, all of it."""
+    row_limit_s: float = Field(default=300, gt=0)
+    """A replica that takes longer for a batch in its engine hangs, and is replaced."""
     max_queued_requests: int = Field(default=256, ge=1)
     """Requests beyond this wait nowhere: they are answered 429 at once."""
     max_request_texts: int = Field(default=1_024, ge=1)

@@ -69,7 +69,11 @@ def load(
     for override in overrides:
         merged = _merge(merged, _parse_override(override))
         _validate(merged, f"--set {override}")
-    return _validate(merged, str(cluster_file)).on(Topology.of(document))
+    try:
+        topology = Topology.of(document)
+    except ValueError as error:
+        raise SettingsError(f"{cluster_file}: {error}") from error
+    return _validate(merged, str(cluster_file)).on(topology)
 
 
 def with_options(settings: Settings, section: str, options: dict[str, Any]) -> Settings:
@@ -179,9 +183,14 @@ def _nearest_key(location: tuple[int | str, ...]) -> str | None:
 
 
 def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
-    while "$ref" in node:
+    """What a reference stands for, also the one of a section that may be left out."""
+    while True:
+        sections = [choice for choice in node.get("anyOf", ()) if "$ref" in choice]
+        if len(sections) == 1:
+            node = sections[0]
+        if "$ref" not in node:
+            return node
         node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
-    return node
 
 
 def _step_into(schema: dict[str, Any], node: dict[str, Any], part: int | str) -> dict[str, Any] | None:

@@ -111,16 +111,19 @@ def newest_sound(run: StoragePath, say: Callable[[str], None]) -> Checkpoint | N
     return None
 
 
-def best(run: StoragePath) -> Checkpoint:
+def best(run: StoragePath, is_read: bool = True) -> Checkpoint:
     """The checkpoint with the lowest validation loss, the newer one of equals.
 
-    :raises ArtifactError: the run has none, or its files are damaged.
+    :param is_read: hold its files against its manifest, which reads them all; false for what the manifest says alone.
+    :raises ArtifactError: the run has none, none that was validated, or its files are damaged.
     """
     candidates = checkpoints(run)
     if not candidates:
         raise ArtifactError(f"run {run}: no complete checkpoint; start or continue this training first")
     chosen = _best_of(candidates)
-    fault = chosen.fault()
+    if chosen.validation_loss is None:
+        raise ArtifactError(f"run {run}: paused before its first validation; continue this training first")
+    fault = chosen.fault() if is_read else None
     if fault is not None:
         raise ArtifactError(f"checkpoint {chosen.directory}: damaged: {fault}")
     return chosen
@@ -149,6 +152,8 @@ class Writer:
         """Of this rank's files."""
         self._commit: _Task | None = None
         """Of the manifest, on rank 0."""
+        self._step = 0
+        """That of the checkpoint in flight."""
 
     def save(self, engine: DeepSpeedEngine, average: WeightAverage | None, metrics: dict[str, Any]) -> None:
         """Write this rank's shards to local disk, and begin to publish them. A collective of all ranks.
@@ -160,6 +165,7 @@ class Writer:
         import torch.distributed as dist
 
         self.finish()
+        self._step = metrics["step"]
         rank, world_size = dist.get_rank(), dist.get_world_size()
         directory = self._run / "checkpoints" / f"step-{metrics['step']:08d}"
         if rank == 0:
@@ -203,7 +209,7 @@ class Writer:
             failure = commit.result()
             if failure:
                 raise failure
-            _prune(self._run, self._keep_last)
+            _prune(self._run, self._keep_last, self._step)
         dist.barrier()
 
 
@@ -281,9 +287,12 @@ def _complete(directory: StoragePath, manifest: Manifest, world_size: int, aband
     persistently(directory, partial(manifest.write, directory))
 
 
-def _prune(run: StoragePath, keep_last: int) -> None:
-    """Remove the checkpoints that are neither among the newest nor the best, and what is left of unfinished ones."""
-    complete = checkpoints(run)
+def _prune(run: StoragePath, keep_last: int, step: int) -> None:
+    """Remove the checkpoints that are neither among the newest nor the best, and what is left of unfinished ones.
+
+    :param step: of the last one; any beyond it was passed over as damaged when the run continued.
+    """
+    complete = [checkpoint for checkpoint in checkpoints(run) if checkpoint.step <= step]
     kept = {checkpoint.step for checkpoint in complete[-keep_last:]} | {_best_of(complete).step}
     for checkpoint in complete:
         if checkpoint.step not in kept:

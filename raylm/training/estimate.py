@@ -24,12 +24,13 @@ from raylm.training.job import TrainingJob
 from raylm.training.labels import label_names
 from raylm.training.memory import BYTES, BatchShape, Memory, checkpoint_bytes, kept_bytes, loss_bytes, memory
 from raylm.training.noise import span_counts
+from raylm.training.objectives import MOST_SCORED
 from raylm.training.refusals import check_heads, check_objective, check_positions, check_training, shortages
 from raylm.training.start import Start, find_start, refusal
 from raylm.training.telemetry import read_metrics
 from raylm.training.throughput import model_flops
 from raylm.training.trainer import MODEL, check_settings, run_directory
-from raylm.training.zero import resolve_precision
+from raylm.training.zero import resolve_precision, stage_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -154,8 +155,9 @@ def dry_run(settings: Settings, stage: Literal["pretrain", "finetune"]) -> Estim
         longest = training.max_source_tokens + training.max_target_tokens
     sequences = step_sequences(training.global_batch_tokens, longest)
     on_gpu, precision = _numbers(training, notes)
-    layout = _layout(training, sequences, lengths, precision, notes)
-    read, scanned = [BatchShape(sequences, *lengths)], 1
+    scored = _scored_share(training, objective, lengths)
+    layout = _layout(training, sequences, lengths, scored, precision, notes)
+    read, scanned = [_batch(sequences, lengths, scored)], 1
     if isinstance(training, FinetuneSettings) and corpus and _is_at_hand(corpus, notes):
         scanned = min(training.steps, _SCANNED_STEPS)
         read = _read_pairs(training, start, corpus.directory, layout, scanned)
@@ -171,7 +173,7 @@ def dry_run(settings: Settings, stage: Literal["pretrain", "finetune"]) -> Estim
         frozen,
         kept_bytes(model, layout.batch, BYTES[precision], on_gpu, training.activation_checkpointing),
         loss_bytes(model, layout.batch, precision),
-        training.zero_stage,
+        layout.zero_stage,
         layout.workers,
         precision,
         layout.micro_batches > 1,
@@ -180,7 +182,7 @@ def dry_run(settings: Settings, stage: Literal["pretrain", "finetune"]) -> Estim
         averages,
     )
     saved = Checkpoints(
-        bytes=checkpoint_bytes(trained, frozen, training.zero_stage, precision, averages),
+        bytes=checkpoint_bytes(trained, frozen, layout.zero_stage, precision, averages),
         kept=min(-(-training.steps // training.checkpoint_every), training.keep_last + 1),
     )
     if not on_gpu and _leaves_holes(training):
@@ -224,10 +226,25 @@ def _lengths(
     return padded_length(length - noise + spans + 1), padded_length(target + 1)
 
 
+def _scored_share(training: PretrainSettings | FinetuneSettings, objective: str, lengths: tuple[int, int]) -> float:
+    """Of the positions that a model writes at, those whose logits are wanted: what is hidden, what is the answer."""
+    if isinstance(training, PretrainSettings):
+        return training.noise_density if objective == "masked" else 1.0
+    if objective == CLASSIFY.name or lengths[1]:
+        return 1.0
+    return training.max_target_tokens / (training.max_source_tokens + training.max_target_tokens)
+
+
+def _batch(sequences: int, lengths: tuple[int, int], scored_share: float) -> BatchShape:
+    positions = sequences * (lengths[1] or lengths[0])
+    return BatchShape(sequences, *lengths, round(scored_share * positions) if scored_share < MOST_SCORED else None)
+
+
 def _layout(
     training: PretrainSettings | FinetuneSettings,
     sequences: int,
     lengths: tuple[int, int],
+    scored_share: float,
     precision: str,
     notes: list[str],
 ) -> Layout:
@@ -237,8 +254,8 @@ def _layout(
         notes.append(
             f"a step has {sequences:,} sequences for {workers:,} workers: raise {training.section}.global_batch_tokens"
         )
-    batch = BatchShape(-(-sequences // (workers * micro_batches)), *lengths)
-    return Layout(workers, training.zero_stage, precision, micro_batches, batch)
+    batch = _batch(-(-sequences // (workers * micro_batches)), lengths, scored_share)
+    return Layout(workers, stage_of(training, precision), precision, micro_batches, batch)
 
 
 def _leaves_holes(training: PretrainSettings | FinetuneSettings) -> bool:
@@ -271,7 +288,8 @@ def _read_pairs(training: FinetuneSettings, start: Start, tokens: str, layout: L
         for batch in split.micro_batches(step, 0, layout.workers, layout.micro_batches):
             sequences, source_tokens = batch.inputs["input_ids"].shape
             target = batch.inputs.get("decoder_input_ids")
-            shapes.append(BatchShape(sequences, source_tokens, 0 if target is None else target.shape[1]))
+            scored = None if batch.scored is None else len(batch.scored)
+            shapes.append(BatchShape(sequences, source_tokens, 0 if target is None else target.shape[1], scored))
     return shapes
 
 
@@ -280,7 +298,7 @@ def _mean_flops(model: PreTrainedModel, read: list[BatchShape], steps: int) -> i
     cost = model_flops(model)
     if cost is None:
         return None
-    whole = sum(cost.of_batch(batch.sequences, batch.source_tokens, batch.target_tokens) for batch in read)
+    whole = sum(cost.of_batch(b.sequences, b.source_tokens, b.target_tokens, b.scored_tokens) for b in read)
     return round(whole / steps)
 
 
@@ -384,7 +402,7 @@ def _numbers(training: PretrainSettings | FinetuneSettings, notes: list[str]) ->
     precision = resolve_precision(training.precision, torch.device("cuda" if on_gpu else "cpu"))
     if precision != "fp32" and not on_gpu:
         notes.append(f"{training.section}.precision is {precision}, and this machine has no GPU: CPUs are slow in it")
-    elif precision == "bf16" and not torch.cuda.is_bf16_supported():
+    elif precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         notes.append(f"{training.section}.precision is bf16, which this machine's GPU does not have; fp16 is there")
     return on_gpu, precision
 

@@ -7,9 +7,11 @@ from typing import Any
 
 from raylm import metrics, models
 from raylm.progress import Progress
+from raylm.sentences import split_text
 from raylm.settings import Settings
 from raylm.storage import PREDICTIONS, Manifest, Stopwatch, StoragePath
-from raylm.tasks import CLASSIFY, SUMMARIZE, TASKS
+from raylm.tasks import ANSWER, CLASSIFY, SUMMARIZE, TASKS, parted
+from raylm.training import checkpoint as checkpoints
 from raylm.training.generation import HeldOut, answers, read_held_out
 from raylm.training.labels import check_labels, label_counts
 from raylm.training.trainer import MODEL, load_trained, prepared_corpus, run_directory
@@ -29,7 +31,7 @@ def evaluate(settings: Settings) -> Manifest:
     run = run_directory(settings, settings.finetune.name)
     tokens = prepared_corpus(settings)
     directory = run / "evaluation"
-    model, checkpoint = load_trained(run)
+    checkpoint = checkpoints.best(run, is_read=False)
     key = {
         "checkpoint": checkpoint.directory.name,
         **settings.evaluate.model_dump(),
@@ -38,6 +40,7 @@ def evaluate(settings: Settings) -> Manifest:
     earlier = Manifest.read(directory)
     if earlier and earlier.inputs == key:
         return earlier
+    model, checkpoint = load_trained(run)
     tokenizer = models.load_tokenizer((run / MODEL).address)
     is_classifier = models.is_classifier(model.config)
     test_sets = read_held_out(tokens, "test", settings.evaluate.rows_per_task, labelled=is_classifier)
@@ -84,8 +87,8 @@ def evaluate(settings: Settings) -> Manifest:
 
 
 def baseline(test: HeldOut, tokens: StoragePath) -> tuple[str, list[str]]:
-    """What someone without a model would answer, and what that is called: the source itself, its first sentence, or the
-    label that most training texts have.
+    """What someone without a model would answer, and what that is called: the source itself, its first sentence, the
+    sentence that has most of a question's words, or the label that most training texts have.
 
     :param tokens: the prepared corpus' directory.
     """
@@ -95,6 +98,8 @@ def baseline(test: HeldOut, tokens: StoragePath) -> tuple[str, list[str]]:
         return f"always '{majority}'", [majority] * len(test.sources)
     if test.task == SUMMARIZE.name:
         return "lead sentence", [lead_sentence(source) for source in test.sources]
+    if test.task == ANSWER.name:
+        return "sentence most like the question", [nearest_sentence(source) for source in test.sources]
     return "copy of the source", test.sources
 
 
@@ -106,3 +111,14 @@ def lead_sentence(text: str) -> str:
         if found:
             return head + mark.strip()
     return first_line
+
+
+def nearest_sentence(text: str) -> str:
+    """The sentence of the context that has the most words of the question, the first of equals.
+
+    :param text: both, as `raylm.tasks.ANSWER` puts them.
+    """
+    question, context = parted(ANSWER, text)
+    asked = set(metrics.words(question))
+    sentences = split_text(context).sentences or (context,)
+    return max(sentences, key=lambda sentence: len(asked.intersection(metrics.words(sentence))))

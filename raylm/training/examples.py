@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -158,12 +159,16 @@ def _self_supervision(
         settings.mean_span_tokens,
         settings.denoise_target,
         is_flat=objective == "causal" and config._attn_implementation in (FLASH, BY_DOCUMENT),
+        has_mask=objective != "causal" or not models.has_windows(config),
+        first_position=models.first_position(config),
     )
 
 
 def vocabulary_of(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
     """The ids that objectives use, from a tokenizer."""
     added = tokenizer.get_added_vocab()
+    special = sorted({-1, *added.values(), len(tokenizer)})
+    last_special, plain_stop = max(pairwise(special), key=lambda run: run[1] - run[0])
     sentinels = sorted(
         (token for token in added if token.startswith("<extra_id_")), key=lambda t: int(t[10:].rstrip(">"))
     )
@@ -174,5 +179,6 @@ def vocabulary_of(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) 
         mask=tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.unk_token_id,
         decoder_start=getattr(config, "decoder_start_token_id", None) or tokenizer.pad_token_id,
         sentinels=tuple(added[token] for token in sentinels),
-        first_plain=max((i for i in added.values() if i != tokenizer.pad_token_id), default=-1) + 1,
+        first_plain=last_special + 1,
+        plain_stop=plain_stop,
     )

@@ -1,4 +1,4 @@
-"""`raylm export`: the fine-tuned model as a directory that `transformers` loads untouched."""
+"""`raylm export`: a trained model as a directory that `transformers` loads untouched."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from raylm import __version__, models
 from raylm.progress import note
 from raylm.settings import Settings, model_directory
 from raylm.storage import MANIFEST, Manifest, Stopwatch, StoragePath
-from raylm.tasks import CLASSIFY, SUMMARIZE, TRANSLATE
+from raylm.tasks import CLASSIFY, GENERATE, LEARNED, SUMMARIZE, TASKS, TRANSLATE
 from raylm.training import checkpoint as checkpoints
+from raylm.training.examples import sequence_length
 from raylm.training.trainer import prepared_corpus, run_directory, save_model
 
 if TYPE_CHECKING:
@@ -21,23 +22,30 @@ if TYPE_CHECKING:
     from raylm.training.checkpoint import Checkpoint
 
 _SHOWN_LABELS = 20
+_HEADS = {
+    "decoder": "AutoModelForCausalLM",
+    "encoder-decoder": "AutoModelForSeq2SeqLM",
+    "encoder": "AutoModelForMaskedLM",
+}
 
 
-def export(settings: Settings) -> Manifest:
+def export(settings: Settings, pretrained: bool = False) -> Manifest:
     """The best checkpoint of the fine-tuning run in `<storage>/models/<name>`, with tokenizer and model card.
 
-    :raises ArtifactError: nothing is fine-tuned yet.
+    :param pretrained: that of the pretraining run instead: a decoder writes on from any text, other models are there to
+        be fine-tuned.
+    :raises ArtifactError: nothing is trained yet.
     """
     stopwatch = Stopwatch()
-    run = run_directory(settings, settings.finetune.name)
+    run = run_directory(settings, settings.pretrain.name if pretrained else settings.finetune.name)
     target = StoragePath(model_directory(settings))
-    best = checkpoints.best(run)
+    best = checkpoints.best(run, is_read=False)
     evaluation = Manifest.read(run / "evaluation")
     lineage = {
         "run": str(run),
         "checkpoint": best.directory.name,
         "weights": [entry["xxh3_128"] for entry in best.manifest.outputs],
-        "metrics": evaluation.metrics if evaluation else {},
+        "metrics": evaluation.metrics if evaluation else _validated(best),
     }
     earlier = Manifest.read(target)
     if earlier and earlier.inputs == lineage:
@@ -48,11 +56,11 @@ def export(settings: Settings) -> Manifest:
         directory = Path(local)
         save_model(run, directory)
         config = models.load_config(local)
+        description = _describe(settings, config, lineage, pretrained)
         if models.is_classifier(config):
             _frame_texts(directory, settings.finetune.max_source_tokens)
-        else:
-            _write_generation_config(directory, config, settings)
-        description = _describe(settings, config, lineage)
+        elif models.architecture(config) != "encoder":
+            _write_generation_config(directory, config, description["max_target_tokens"], settings.evaluate.beam_size)
         (directory / "raylm.json").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
         (directory / "README.md").write_text(model_card(settings, best, description, models.architecture(config)))
         target.upload_files(directory)
@@ -67,29 +75,59 @@ def export(settings: Settings) -> Manifest:
     ).write(target)
 
 
-def _describe(settings: Settings, config: PretrainedConfig, lineage: dict[str, Any]) -> dict[str, Any]:
+def _validated(best: Checkpoint) -> dict[str, Any]:
+    """The numbers of a checkpoint's validation."""
+    found = best.manifest.metrics
+    return {name: found[name] for name in found if name.startswith("validation_") and name != "validation_loss"}
+
+
+def _describe(
+    settings: Settings, config: PretrainedConfig, lineage: dict[str, Any], pretrained: bool
+) -> dict[str, Any]:
     """What the inference side needs to know: tasks, languages or labels, limits; and where the model is from."""
-    corpus = Manifest.read(prepared_corpus(settings))
-    pairs = corpus.settings["corpus"]["pairs"] if corpus else []
-    languages = sorted({pair["to"] for pair in pairs if pair.get("to")})
-    summarizes = any(pair["type"] == "docstrings" or pair.get("task") == SUMMARIZE.name for pair in pairs)
-    writing: dict[str, Any] = {
-        "tasks": [TRANSLATE.name] * bool(languages) + [SUMMARIZE.name] * summarizes,
-        "languages": languages,
+    tokens = prepared_corpus(settings)
+    if pretrained:
+        described = _pretrained(models.architecture(config), sequence_length(tokens))
+    elif models.is_classifier(config):
+        described = _labelling(settings, models.labels_of(config))
+    else:
+        corpus = Manifest.read(tokens)
+        described = _writing(settings, corpus.settings["corpus"]["pairs"] if corpus else [])
+    return {
+        "raylm": __version__,
+        **described,
+        "lineage": {key: lineage[key] for key in ("run", "checkpoint", "weights")},
+        "metrics": lineage["metrics"],
+    }
+
+
+def _writing(settings: Settings, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+    learned = {SUMMARIZE.name if pair["type"] == "docstrings" else pair.get("task", TRANSLATE.name) for pair in pairs}
+    return {
+        "tasks": [task for task in LEARNED if task in learned and task != CLASSIFY.name],
+        "languages": sorted({pair["to"] for pair in pairs if pair.get("to")}),
         "max_source_tokens": settings.finetune.max_source_tokens,
         "max_target_tokens": settings.finetune.max_target_tokens,
     }
-    labelling: dict[str, Any] = {
+
+
+def _labelling(settings: Settings, labels: list[str]) -> dict[str, Any]:
+    return {
         "tasks": [CLASSIFY.name],
         "languages": [],
-        "labels": models.labels_of(config),
+        "labels": labels,
         "max_source_tokens": settings.finetune.max_source_tokens,
     }
+
+
+def _pretrained(shape: models.Architecture, length: int) -> dict[str, Any]:
+    """:param length: tokens of the sequences that were read; what lies beyond is nothing that was learned."""
     return {
-        "raylm": __version__,
-        **(labelling if models.is_classifier(config) else writing),
-        "lineage": {key: lineage[key] for key in ("run", "checkpoint", "weights")},
-        "metrics": lineage["metrics"],
+        "tasks": [GENERATE.name] * (shape == "decoder"),
+        "languages": [],
+        "max_source_tokens": length,
+        "max_target_tokens": length,
+        "max_positions": length,
     }
 
 
@@ -113,7 +151,7 @@ def _frame_texts(directory: Path, max_tokens: int) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def _write_generation_config(directory: Path, config: PretrainedConfig, settings: Settings) -> None:
+def _write_generation_config(directory: Path, config: PretrainedConfig, max_tokens: int, beam_size: int) -> None:
     from transformers import GenerationConfig
 
     tokenizer = models.load_tokenizer(str(directory))
@@ -126,8 +164,8 @@ def _write_generation_config(directory: Path, config: PretrainedConfig, settings
         pad_token_id=pad,
         decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
         bad_words_ids=[[pad]] if pad != end else None,
-        num_beams=settings.evaluate.beam_size,
-        **{length: settings.finetune.max_target_tokens},
+        num_beams=beam_size,
+        **{length: max_tokens},
     ).save_pretrained(directory)
 
 
@@ -145,10 +183,13 @@ def model_card(settings: Settings, best: Checkpoint, description: dict[str, Any]
                     scores.append(
                         f"| {name} ({result['rows']} rows) | {metric} | {value} | {result['baseline'][metric]} |"
                     )
-    is_classifier = "labels" in description
+        elif isinstance(result, float):
+            scores.append(f"| validation | {name.removeprefix('validation_').replace('_', ' ')} | {result:.4g} | |")
+    is_classifier, is_pretrained = "labels" in description, "max_positions" in description
     corpus = settings.model_dump(mode="json")["corpus"]
     pairs = [source for source in corpus["pairs"] if (source.get("task") == CLASSIFY.name) == is_classifier]
-    sources = "\n".join(f"- {json.dumps(source, ensure_ascii=False)}" for source in corpus["documents"] + pairs)
+    learned_from = corpus["documents"] + pairs * (not is_pretrained)
+    sources = "\n".join(f"- {json.dumps(source, ensure_ascii=False)}" for source in learned_from)
     made = f"A {settings.model.family} model ({settings.model.size})"
     if settings.model.start_from:
         made = f"A model that started from {settings.model.start_from}"
@@ -162,7 +203,7 @@ library_name: transformers
 {made}, trained with raylm {__version__}. {_labels(description) if is_classifier else _prompts(description)} Sources are
 read up to {description["max_source_tokens"]} tokens.
 
-## Scores on held-out {"texts" if is_classifier else "pairs"}
+## Scores on held-out {"texts" if is_classifier or is_pretrained else "pairs"}
 
 {chr(10).join(scores)}
 
@@ -187,12 +228,18 @@ def _labels(description: dict[str, Any]) -> str:
 
 
 def _prompts(description: dict[str, Any]) -> str:
-    return f"The first token says what is wanted: {', '.join(f'`{token}`' for token in _prompt_tokens(description))}."
+    if GENERATE.name in description["tasks"]:
+        return "It is pretrained, and writes on from a text."
+    tokens = _prompt_tokens(description)
+    if not tokens:
+        return "It is pretrained, to be fine-tuned on labelled pairs or texts."
+    return f"The first token says what is wanted: {', '.join(f'`{token}`' for token in tokens)}."
 
 
 def _prompt_tokens(description: dict[str, Any]) -> list[str]:
-    tokens = [TRANSLATE.prompt_token(language) for language in description["languages"]]
-    return tokens + [SUMMARIZE.prompt_token()] * (SUMMARIZE.name in description["tasks"])
+    languages = [TRANSLATE.prompt_token(language) for language in description["languages"]]
+    others = [TASKS[task].token for task in description["tasks"]]
+    return [token for token in [*languages, *others] if token]
 
 
 def _use(description: dict[str, Any], shape: models.Architecture) -> str:
@@ -202,13 +249,19 @@ def _use(description: dict[str, Any], shape: models.Architecture) -> str:
 
 classify = pipeline("text-classification", model=path)
 print(classify(text, truncation=True)[0]["label"])"""
-    head = "AutoModelForCausalLM" if shape == "decoder" else "AutoModelForSeq2SeqLM"
-    answer = '[:, inputs["input_ids"].shape[1] :]' if shape == "decoder" else ""
-    return f"""from transformers import {head}, AutoTokenizer
+    tokens = _prompt_tokens(description)
+    if not tokens and shape != "decoder":
+        return f"""from transformers import AutoTokenizer, {_HEADS[shape]}
 
-model = {head}.from_pretrained(path)
+model = {_HEADS[shape]}.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path)"""
+    answer = '[:, inputs["input_ids"].shape[1] :]' if shape == "decoder" else ""
+    prompt = f"{tokens[0]!r} + text + tokenizer.eos_token" if tokens else "text"
+    return f"""from transformers import {_HEADS[shape]}, AutoTokenizer
+
+model = {_HEADS[shape]}.from_pretrained(path)
 tokenizer = AutoTokenizer.from_pretrained(path)
-prompt = {_prompt_tokens(description)[0]!r} + text + tokenizer.eos_token
+prompt = {prompt}
 inputs = tokenizer(prompt, add_special_tokens=False, return_token_type_ids=False, return_tensors="pt")
 answer = model.generate(**inputs){answer}
 print(tokenizer.batch_decode(answer, skip_special_tokens=True)[0])"""

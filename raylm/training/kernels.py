@@ -14,6 +14,10 @@ FLASH = "flash_attention_2"
 """What transformers calls FlashAttention 2 (Dao 2023)."""
 BY_DOCUMENT = "raylm_by_document"
 """`attention_by_document`, as transformers knows it once `attention_for` has chosen it."""
+_FLASH_CAPABILITY = (8, 0)
+"""Of NVIDIA's GPUs since Ampere."""
+_WITHOUT_POSITIONS = ("gpt_bigcode", "gptj", "gpt_neo")
+"""Models whose attention is not told where documents begin."""
 
 
 def attention_for(config: PretrainedConfig, objective: str, precision: str, device: torch.device) -> str | None:
@@ -23,13 +27,17 @@ def attention_for(config: PretrainedConfig, objective: str, precision: str, devi
     FlashAttention computes in 16 bits alone. Both take no mask that tells documents of one sequence apart: causal
     pretraining tells them where they begin instead, see `SelfSupervision`, which `masked` cannot.
     """
+    import torch
     from transformers.utils import is_flash_attn_2_available
 
     kind = models.model_class(config)._model_mapping[type(config)]
+    if objective == "causal" and (config.model_type in _WITHOUT_POSITIONS or models.first_position(config)):
+        return None
     if device.type == "cuda":
+        is_able = precision != "fp32" and torch.cuda.get_device_capability(device) >= _FLASH_CAPABILITY
         is_told = objective != "masked" and kind._supports_flash_attn
-        return FLASH if precision != "fp32" and is_told and is_flash_attn_2_available() else None
-    is_plain = not any(getattr(config, name, None) for name in ("sliding_window", "attn_logit_softcapping"))
+        return FLASH if is_able and is_told and is_flash_attn_2_available() else None
+    is_plain = not models.has_windows(config) and not getattr(config, "attn_logit_softcapping", None)
     if objective != "causal" or not is_plain or not kind._supports_attention_backend:
         return None
     _register_by_document()

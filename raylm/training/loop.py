@@ -30,7 +30,14 @@ from raylm.training.scoring import Scorer
 from raylm.training.steps import StepResult, train_step, validate
 from raylm.training.telemetry import MetricsLog, Reporter, Window
 from raylm.training.throughput import ModelFlops, dtype_of, group_peak, model_flops
-from raylm.training.zero import born_sharded, build_engine, deepspeed_config, prepare_backend, resolve_precision
+from raylm.training.zero import (
+    born_sharded,
+    build_engine,
+    deepspeed_config,
+    prepare_backend,
+    resolve_precision,
+    stage_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +90,8 @@ class _Worker:
         plain_settings = settings.model_dump(mode="json")
         self._log = MetricsLog(run, self._first_step, report, plain_settings) if leads else None
         self._record = DataRecord(run, self._first_step) if leads and settings.verify_data else None
-        self._writer = checkpoints.Writer(run, plain_settings, settings.keep_last)
+        stage = stage_of(settings, resolve_precision(settings.precision, self._device))
+        self._writer = checkpoints.Writer(run, plain_settings | {"zero_stage": stage}, settings.keep_last)
         report({"step": self._first_step, "world_size": world_size})
 
     def train(self) -> bool:

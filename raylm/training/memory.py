@@ -41,11 +41,13 @@ class BatchShape:
 
     :param source_tokens: of each sequence; of a model with one stack, all it reads.
     :param target_tokens: what the decoder beside an encoder reads.
+    :param scored_tokens: positions of all sequences whose logits are computed; None: all that a model writes at.
     """
 
     sequences: int
     source_tokens: int
     target_tokens: int = 0
+    scored_tokens: int | None = None
 
     @property
     def padded_tokens(self) -> int:
@@ -219,7 +221,9 @@ def loss_bytes(model: PreTrainedModel, batch: BatchShape, precision: str) -> int
     """
     if models.is_classifier(model.config):
         return 0  # a row of a few labels for each text
-    scored = batch.sequences * (batch.target_tokens or batch.source_tokens)
+    scored = batch.scored_tokens
+    if scored is None:
+        scored = batch.sequences * (batch.target_tokens or batch.source_tokens)
     copies = 2 if hasattr(model, "final_logits_bias") else 1
     held = BYTES[precision] * copies + (_FP32 if precision == "fp16" else 0)
     return held * scored * int(model.config.vocab_size)

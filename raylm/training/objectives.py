@@ -38,6 +38,10 @@ _OBJECTIVES: dict[tuple[str, Architecture], tuple[str, ...]] = {
 }
 
 
+MOST_SCORED = 0.75
+"""Where more positions have a label, to leave the others out saves nothing."""
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """The ids that objectives need to know.
@@ -53,11 +57,7 @@ class Vocabulary:
     decoder_start: int
     sentinels: tuple[int, ...]
     first_plain: int
-
-    @property
-    def plain_stop(self) -> int:
-        """The first id behind the plain ones: `<pad>`, unless it stands among the first, as BERT's does."""
-        return self.pad if self.pad > self.first_plain else self.size
+    plain_stop: int
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,14 @@ class MicroBatch:
         ids, decoder = self.inputs["input_ids"], self.inputs.get("decoder_input_ids")
         sequences = self.sequences or len(ids)
         return sequences, ids.size // sequences, 0 if decoder is None else decoder.shape[1]
+
+    @property
+    def scored(self) -> Tokens | None:
+        """(N,) the places whose logits are wanted, row after row, where most are not; None where all are computed."""
+        if self.labels.ndim == 1:
+            return None
+        places = np.flatnonzero(self.labels != IGNORE)
+        return places if 0 < len(places) < MOST_SCORED * self.labels.size else None
 
     def hashes(self) -> list[int]:
         """For each example that has something to learn, 32 bits of its tokens and labels, however it is padded."""
@@ -131,6 +139,9 @@ class SelfSupervision:
     :param objective: `denoise`, `causal` or `masked`.
     :param is_flat: `causal` sequences lie one behind the other in one row, and positions that start again tell their
         documents apart, as some kernels want it; otherwise a mask does.
+    :param has_mask: false where a mask of ours would take the place of windows of the model's own, which then makes
+        one for itself, of the positions.
+    :param first_position: the number that the model gives to a text's first position.
     """
 
     def __init__(
@@ -141,8 +152,10 @@ class SelfSupervision:
         mean_span_tokens: float,
         denoise_target: str = "text",
         is_flat: bool = False,
+        has_mask: bool = True,
+        first_position: int = 0,
     ) -> None:
-        self._is_flat = is_flat
+        self._is_flat, self._has_mask, self._first_position = is_flat, has_mask, first_position
         self._objective, self._denoise_target = objective, denoise_target
         self._vocabulary = vocabulary
         self._noise_density, self._mean_span_tokens = noise_density, mean_span_tokens
@@ -169,11 +182,13 @@ class SelfSupervision:
                 labels[row, np.cumsum(spans) - 1] = IGNORE
         else:
             inputs, labels = self._mask(inputs, labels, generators)
+        positions += self._first_position
         arrays: dict[str, NDArray[np.generic]] = {"input_ids": inputs, "position_ids": positions}
         if self._is_flat:
             arrays = {name: array.reshape(1, -1) for name, array in arrays.items()}
             return MicroBatch(arrays, labels.reshape(1, -1), real_tokens, sequences=len(rows))
-        arrays["attention_mask"] = document_mask(documents, causal=self._objective == "causal")
+        if self._has_mask:
+            arrays["attention_mask"] = document_mask(documents, causal=self._objective == "causal")
         return MicroBatch(arrays, labels, real_tokens)
 
     def _denoise(self, rows: list[Tokens], generators: list[np.random.Generator]) -> MicroBatch:
@@ -372,5 +387,5 @@ def objective_for(wanted: str, shape: Architecture, section: str = "pretrain") -
     if wanted not in fitting:
         article = "a" if shape == "decoder" else "an"
         instead = " or ".join(f"'{objective}'" for objective in fitting)
-        raise SettingsError(f"objective '{wanted}' does not fit {article} {shape}; use {instead}")
+        raise SettingsError(f"{section}.objective '{wanted}' does not fit {article} {shape}; use {instead}")
     return wanted

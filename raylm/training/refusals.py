@@ -50,10 +50,7 @@ def check_objective(training: PretrainSettings | FinetuneSettings, start: Start)
 
     :raises SettingsError: the model cannot learn by it, or its tokenizer lacks a token for it.
     """
-    try:
-        objective = objective_for(training.objective, models.architecture(start.config), training.section)
-    except SettingsError as error:
-        raise SettingsError(f"{training.section}.objective: {error}") from None
+    objective = objective_for(training.objective, models.architecture(start.config), training.section)
     tokenizer = start.tokenizer
     lacking = None
     if tokenizer.eos_token_id is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ def train_step(
     targets = [micro_batch.target_tokens for micro_batch in batch]
     padded = sum(micro_batch.padded_tokens for micro_batch in batch)
     real = sum(micro_batch.real_tokens for micro_batch in batch)
-    cost = sum(flops.of_batch(*micro_batch.shape) for micro_batch in batch) if flops else 0
+    cost = sum(_flops_of(micro_batch, flops) for micro_batch in batch) if flops else 0
     counted = [*targets, padded, real, cost, *tally]
     counts = torch.tensor(counted, dtype=torch.float64).to(device)
     dist.all_reduce(counts)
@@ -91,18 +92,46 @@ def train_step(
     return StepResult(float(losses.sum()), trained, padded, real, cost if flops else None, len(skipped), tuple(sums))
 
 
+def _flops_of(micro_batch: MicroBatch, flops: ModelFlops) -> int:
+    scored = micro_batch.scored
+    return flops.of_batch(*micro_batch.shape, None if scored is None else len(scored))
+
+
 def token_loss(engine: Any, micro_batch: MicroBatch, label_smoothing: float, device: torch.device) -> torch.Tensor:
     """Cross entropy in nats, summed over the target tokens, or labelled texts, of a micro-batch."""
+    import torch
+
     from raylm.training.loss import summed_cross_entropy
 
     inputs, labels = micro_batch.tensors(device)
-    logits = engine(**inputs).logits  # (B, T, V), or of a classifier (B, labels)
-    config = getattr(engine, "module", engine).config
+    model, scored = getattr(engine, "module", engine), micro_batch.scored
+    # What is compiled would be compiled anew for each number of them.
+    if scored is None or getattr(engine, "is_compiled", False):
+        logits = engine(**inputs).logits  # (B, T, V), or of a classifier (B, labels)
+    else:
+        places = torch.from_numpy(scored).to(device)
+        with _only_at(model.get_output_embeddings(), places):
+            logits = engine(**inputs).logits  # (N, V)
+        labels = labels.flatten().index_select(0, places)
+    config = model.config
     pad, end = config.pad_token_id, config.eos_token_id
     # Padding is no answer. Leaving it out keeps its tied embedding at zero, the start that Marian decodes from.
-    is_answer = labels.dim() == 1 or pad in (end if isinstance(end, list) else [end])
+    is_answer = micro_batch.labels.ndim == 1 or pad in (end if isinstance(end, list) else [end])
     excluded = None if is_answer or pad != logits.size(-1) - 1 else pad
     return summed_cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing, excluded)
+
+
+@contextmanager
+def _only_at(head: torch.nn.Module, places: torch.Tensor) -> Iterator[None]:
+    """Has an output head, of all layers the widest, compute the logits at some places alone.
+
+    :param places: (N,) of the (B, T) positions, row after row.
+    """
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, -2).index_select(0, places), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class ModelFlops:
         width Q. Pairs that a mask hides count, as in the paper.
     :param self_target: the same of target positions.
     :param cross: of each pair of a target and a source position.
+    :param per_scored_token: of each position whose logits are computed, in the output projection.
     """
 
     per_source_token: int
@@ -52,15 +53,19 @@ class ModelFlops:
     self_source: int = 0
     self_target: int = 0
     cross: int = 0
+    per_scored_token: int = 0
 
-    def of_batch(self, sequences: int, source_tokens: int, target_tokens: int = 0) -> int:
+    def of_batch(self, sequences: int, source_tokens: int, target_tokens: int = 0, scored: int | None = None) -> int:
         """FLOPs of a batch, padding included.
 
         :param source_tokens: S, the positions of each sequence; `target_tokens` is T.
+        :param scored: positions of the batch whose logits are computed; by default all that a model writes at.
         """
+        scored = sequences * (target_tokens or source_tokens) if scored is None else scored
         each = self.per_source_token * source_tokens + self.per_target_token * target_tokens
         each += self.self_source * source_tokens**2 + self.self_target * target_tokens**2
-        return sequences * (each + self.cross * source_tokens * target_tokens)
+        each += self.cross * source_tokens * target_tokens
+        return sequences * each + self.per_scored_token * scored
 
 
 def model_flops(model: PreTrainedModel) -> ModelFlops | None:
@@ -75,13 +80,15 @@ def model_flops(model: PreTrainedModel) -> ModelFlops | None:
     matrices = list(_matrices(model))
     if models.is_classifier(config):
         matrices = [matrix for matrix in matrices if not _CLASSIFIER_HEAD.search(matrix[0])]
-    total = sum(flops for _, _, flops in matrices)
+    head = model.get_output_embeddings()
+    scored = sum(flops for _, module, flops in matrices if module is head)
+    total = sum(flops for _, _, flops in matrices) - scored
     encoder_width, decoder_width = attention_widths(config)
     if not config.is_encoder_decoder:
-        return ModelFlops(total, self_source=12 * encoder_width)
+        return ModelFlops(total, self_source=12 * encoder_width, per_scored_token=scored)
     encoder = set(model.get_encoder().modules())
     source = sum(flops for name, m, flops in matrices if m in encoder or _CROSS_KEYS_VALUES.search(name))
-    return ModelFlops(source, total - source, 12 * encoder_width, 12 * decoder_width, 12 * decoder_width)
+    return ModelFlops(source, total - source, 12 * encoder_width, 12 * decoder_width, 12 * decoder_width, scored)
 
 
 def attention_widths(config: PretrainedConfig) -> tuple[int, int]:

@@ -182,7 +182,7 @@ def _run(
     stopwatch = Stopwatch()
     with Progress(stage, training.steps, "steps") as progress:
         workers = train_in_groups(job, width, progress, stream)
-    best, complete, rows = checkpoints.best(run), checkpoints.checkpoints(run), read_metrics(run)
+    best, complete, rows = checkpoints.best(run, is_read=False), checkpoints.checkpoints(run), read_metrics(run)
     last = complete[-1]
     places = last.manifest.metrics.get(PLACE, 0)
     losses = [row for row in rows if "loss" in row]
@@ -226,7 +226,7 @@ def _fixed(
     return {
         **fixed_settings(settings, training),
         "corpus": fingerprint([corpus.outputs, *([stream.key] if stream else [])]) if corpus else None,
-        "start": fingerprint(checkpoints.best(parent).manifest.outputs) if parent else None,
+        "start": fingerprint(checkpoints.best(parent, is_read=False).manifest.outputs) if parent else None,
     }
 
 
@@ -277,6 +277,8 @@ def _publish_start(run: StoragePath, start: StoragePath | str | None) -> str | N
     if start is None or (isinstance(start, str) and not start.endswith(models.GGUF)):
         return start
     target = run / "start"
+    if (run / RUN_FILE).is_file():  # which comes after it
+        return target.address
     with tempfile.TemporaryDirectory(prefix="raylm-start-") as local:
         if isinstance(start, str):
             models.load_model(start).save_pretrained(local)

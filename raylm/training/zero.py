@@ -31,7 +31,17 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
 
     if wanted != "auto":
         return wanted
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    # Older GPUs emulate it, several times slower than they compute in fp32.
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"
+
+
+def stage_of(settings: TrainingSettings, precision: str) -> int:
+    """The ZeRO stage of a run: in 16 bits at least 1.
+
+    Only there DeepSpeed 0.19.8 scales the loss of what it divides afterwards, and writes down fp32 weights.
+    """
+    return settings.zero_stage if precision == "fp32" else max(settings.zero_stage, 1)
 
 
 def deepspeed_config(
@@ -50,7 +60,7 @@ def deepspeed_config(
         "train_batch_size": world_size * micro_batches,
         "gradient_clipping": 0.0 if _is_plain(settings, precision) else settings.gradient_clip,
         "zero_optimization": {
-            "stage": settings.zero_stage,
+            "stage": stage_of(settings, precision),
             "overlap_comm": False,
             "contiguous_gradients": True,
             "round_robin_gradients": False,
@@ -152,11 +162,8 @@ def build_engine(
     model: PreTrainedModel, settings: TrainingSettings, config: dict[str, Any], device: torch.device
 ) -> DeepSpeedEngine:
     """The model under DeepSpeed."""
-    import torch
-
     deepspeed = _deepspeed()
-    if config["bf16"]["enabled"]:
-        model = model.to(torch.bfloat16)
+    # Which casts the weights to 16 bits where they are wanted, and leaves buffers such as rotary frequencies alone.
     optimizer = build_optimizer(model, settings)
     engine, *_ = deepspeed.initialize(
         model=model.to(device), optimizer=optimizer, config=config, dist_init_required=False

@@ -278,13 +278,15 @@ class Finished:
 class Session:
     """A command with all that it starts: one session of the kernel's, which ends as a whole."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], directory: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], directory: Path, where: Path | None = None
+    ) -> None:
         self._start = time.perf_counter()
         self._peak_bytes = 0
         self._output, self._errors = directory / "stdout", directory / "stderr"
         with self._output.open("wb") as output, self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
-                command, env=environment, stdout=output, stderr=errors, start_new_session=True
+                command, env=environment, cwd=where, stdout=output, stderr=errors, start_new_session=True
             )
 
     @property

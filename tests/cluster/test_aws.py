@@ -103,6 +103,9 @@ def test_what_is_made_is_closed_and_has_few_rights(aws: dict[str, str], tmp_path
     recorded = (tmp_path / "commands").read_text()
     assert "RAY_AUTH_MODE=token" in recorded and "ray start --head" in recorded
     assert "0" * 64 not in recorded
+    refused = command(aws, "raylm", "run", str(path), "jobs/pretrain.py")
+    assert refused.returncode == 1 and "its cluster is up already, and would end with the job" in refused.stderr
+    assert len(instances(aws)) == 1
     down = command(aws, "raylm", "down", str(path))
     assert down.returncode == 0, down.stdout[-3_000:] + down.stderr[-3_000:]
     assert instances(aws) == []

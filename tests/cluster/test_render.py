@@ -116,6 +116,8 @@ def test_a_job_runs_what_it_is_told(tmp_path: Path) -> None:
     _, job = rendered("rayjob", "--run", "pretrain --set pretrain.steps=10", path=path)
     spec = job["spec"]
     assert spec["entrypoint"] == "python -m raylm pretrain --set pretrain.steps=10"
+    assert job["metadata"]["name"].startswith("raylm-pretrain-")
+    assert job["metadata"]["name"] != rendered("rayjob", "--run", "pretrain", path=path)[1]["metadata"]["name"]
     assert (spec["backoffLimit"], spec["shutdownAfterJobFinishes"]) == (2, True)
     assert json.loads(spec["entrypointResources"]) == {"driver": 1}
     [cpu] = [group for group in spec["rayClusterSpec"]["workerGroupSpecs"] if group["groupName"] == "cpu"]
@@ -166,13 +168,23 @@ def test_cron_takes_its_lines(aws: Path) -> None:
     assert comment.startswith("#") and zone == "CRON_TZ=Europe/Berlin"
     assert line.startswith("30 2 * * 1-5 ")
     command = line.removeprefix("30 2 * * 1-5 ").replace(r"\%", "%")  # as cron undoes it
-    assert shlex.split(command) == ["raylm", "submit", "--cluster", str(aws), "jobs/nightly.py"]
+    assert shlex.split(command) == [
+        "cd",
+        str(Path.cwd()),
+        "&&",
+        "raylm",
+        "submit",
+        "--cluster",
+        str(aws),
+        "jobs/nightly.py",
+    ]
 
 
 def test_systemd_takes_its_units(aws: Path) -> None:
     text = render(aws, "systemd")
     assert "OnCalendar=Mon..Fri *-*-* 02:30:00 Europe/Berlin\nPersistent=true" in text
     assert "100 %%.yaml" in text
+    assert f"WorkingDirectory={Path.cwd()!s}" in text
 
 
 @pytest.mark.parametrize(
@@ -183,6 +195,9 @@ def test_systemd_takes_its_units(aws: Path) -> None:
         ("15,45 1-3 1 * *", "*-*-01 01..03:15,45:00"),
         ("0 4 * 1,7 *", "*-01,07-* 04:00:00"),
         ("0 4 * * 0,6", "Sun,Sat *-*-* 04:00:00"),
+        ("0 4 * * 0-2", "Sun,Mon..Tue *-*-* 04:00:00"),
+        ("0 4 * * 5-7", "Fri..Sun *-*-* 04:00:00"),
+        ("0 4 * * 0-1", "Sun,Mon *-*-* 04:00:00"),
         ("0 4 */10 * *", "*-*-01/10 04:00:00"),
     ],
 )
@@ -193,7 +208,9 @@ def test_schedules_of_cron_are_said_in_systemds_words(schedule: str, expected: s
 def test_airflow_takes_a_program(aws: Path) -> None:
     text = render(aws, "airflow")
     compile(text, "dag.py", "exec")
-    assert "schedule='30 2 * * 1-5'" in text and "tz='Europe/Berlin'" in text and "retries=2" in text
+    assert "schedule='30 2 * * 1-5'" in text and "tz='Europe/Berlin'" in text
+    assert "retries=0" in text, "`raylm submit` tries again itself"
+    assert f"cwd={str(Path.cwd())!r}" in text
 
 
 def test_on_this_machine_a_night_needs_no_cluster(tmp_path: Path) -> None:
@@ -202,7 +219,8 @@ def test_on_this_machine_a_night_needs_no_cluster(tmp_path: Path) -> None:
     values["metadata"]["raylm"]["nightly"] = {"jobs": [job]}
     path = tmp_path / "cluster.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
-    assert render(path, "crontab").splitlines()[-1] == f"30 2 * * * raylm nightly --cluster {path}"
+    command = f"cd {Path.cwd()!s} && raylm nightly --cluster {path}"
+    assert render(path, "crontab").splitlines()[-1] == f"30 2 * * * {command}"
 
 
 def test_what_cannot_be_rendered_says_why(aws: Path) -> None:

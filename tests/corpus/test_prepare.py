@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from raylm.corpus.prepare import prepare
-from raylm.errors import InputError
+from raylm.errors import InputError, OutputError
+from raylm.lease import held
 from raylm.models import load_tokenizer
 from raylm.settings import Settings
 from raylm.storage import Manifest, StoragePath
@@ -58,6 +59,19 @@ def test_no_source_is_in_two_splits(corpus: StoragePath) -> None:
     assert not sources["train"] & sources["test"]
     assert not sources["train"] & sources["validation"]
     assert set(splits["test"]["task"].to_pylist()) == {"translate", "summarize"}
+
+
+def test_a_target_of_train_is_never_tested(corpus: StoragePath) -> None:
+    """CLDR's test rows have values and combinations that no other row has; a share of the others is for validation."""
+    from raylm.corpus.cldr import pairs
+
+    made = {pair.source: pair.split for pair in pairs("de", 1, 0, 3_000)}
+    of = {split: read(corpus / "pairs" / split).to_pylist() for split in ("train", "validation", "test")}
+    found = {
+        split: {made[row["source"]] for row in rows if row["task"] == "translate" and row["source"] in made}
+        for split, rows in of.items()
+    }
+    assert found == {"train": {"train"}, "validation": {"train"}, "test": {"test"}}
 
 
 def test_the_document_of_a_held_out_pair_is_held_out(corpus: StoragePath, small_settings: Settings) -> None:
@@ -184,3 +198,61 @@ prepare(load({str(cluster)!r}))
         hashes[cpus]["tokenizer"] = tokens.content_hash()
     assert len(hashes[1]) > 8
     assert hashes[1] == hashes[2]
+
+
+def small(directory: Path, **corpus: object) -> Settings:
+    """Settings of a corpus of some lines of text."""
+    lines = [f"Paragraph {number} tells of window {number * 7} and of table {number * 13}." for number in range(200)]
+    (directory / "lines.txt").write_text("\n\n".join(lines))
+    values = {
+        "documents": [{"type": "text", "path": str(directory / "lines.txt")}],
+        "tokenizer": {"vocab_size": 600, "languages": []},
+        "dedup": {"fuzzy": False},
+        "sequence_length": 32,
+        **corpus,
+    }
+    return Settings.model_validate({"storage": str(directory / "storage"), "corpus": values})
+
+
+def test_shards_that_another_setting_has_written_over_are_written_again(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = prepare(small(tmp_path))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("raylm.corpus.prepare._publish", interrupted)  # its shards are there, its manifest is not
+        prepare(small(tmp_path, sequence_length=64))
+    after = prepare(small(tmp_path))
+    assert after.outputs == before.outputs
+    root = StoragePath(after.directory)
+    assert all((root / entry["name"]).content_hash() == entry["xxh3_128"] for entry in after.outputs)
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_two_preparations_of_a_corpus_do_not_mix(ray_cluster: None, tmp_path: Path) -> None:
+    settings = small(tmp_path)
+    root = StoragePath(settings.storage) / "tokens" / "default"
+    with held(root.mkdir() / "prepare.lock", "{who}"), pytest.raises(OutputError, match="is being prepared by process"):
+        prepare(settings)
+    assert prepare(settings).counts["kept"] == 200
+    assert not (root / "prepare.lock").is_file()
+
+
+def test_a_source_that_is_tested_is_not_learned_with_another_target(ray_cluster: None, tmp_path: Path) -> None:
+    rows = [{"source": f"Open window {n}", "target": f"Fenster {n} öffnen"} for n in range(60)]
+    other = [{"source": f"Open window {n}", "target": f"Öffnen Sie Fenster {n}"} for n in range(20)]
+    for name, content in (("learned", rows), ("tested", other)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    source = {"type": "jsonl", "to": "de"}
+    pairs = [
+        source | {"path": str(tmp_path / "learned.jsonl")},
+        source | {"path": str(tmp_path / "tested.jsonl"), "split": "test"},
+    ]
+    manifest = prepare(small(tmp_path, documents=[], pairs=pairs, keep_dropped=True))
+    root = StoragePath(manifest.directory) / "pairs"
+    sources = {split: set(read(root / split)["source"].to_pylist()) for split in ("train", "test")}
+    assert not sources["train"] & sources["test"]
+    assert {f"Open window {n}" for n in range(20)} <= sources["test"]
+    assert 10 < manifest.counts["dropped.held_out_source"] <= 20

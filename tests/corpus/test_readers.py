@@ -408,3 +408,24 @@ def test_a_damaged_mo_file_is_named(tmp_path: Path, catalog: Catalog) -> None:
         (tmp_path / "pl.mo").write_bytes(content)
         with pytest.raises(InputError, match="pl.mo: not readable as a gettext catalog"):
             list(catalogs.gettext_rows(place(tmp_path / "pl.mo")))
+
+
+def test_damage_is_that_of_the_file_that_has_it(tmp_path: Path) -> None:
+    source, target = tmp_path / "train.en", tmp_path / "train.de"
+    source.write_text("one\ntwo\n")
+    target.write_text("eins\nzwei\n", encoding="utf-16")
+    part = AlignedRange(0, END, 0, END)
+    with pytest.raises(InputError, match=r"train\.de: not readable as text: it is UTF-16"):
+        list(readers.aligned_rows(StoragePath(str(source)), StoragePath(str(target)), part))
+    with pytest.raises(InputError, match=r"train\.en: not readable as text: it is UTF-16"):
+        source.write_text("one\ntwo\n", encoding="utf-16")
+        list(readers.aligned_rows(StoragePath(str(source)), StoragePath(str(target)), part))
+
+
+def test_row_groups_without_rows_are_passed_over(tmp_path: Path) -> None:
+    table = pa.table({"text": ["a", "b"]})
+    with pq.ParquetWriter(tmp_path / "a.parquet", table.schema) as writer:
+        for one in (table, table.slice(0, 0), table):
+            writer.write_table(one)
+    found = tables.parquet_rows(StoragePath(str(tmp_path / "a.parquet")), 0, 4, ["text"])
+    assert [(row.position, row.values[0]) for row in found] == [(0, "a"), (1, "b"), (2, "a"), (3, "b")]

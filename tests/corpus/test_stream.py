@@ -157,3 +157,22 @@ def test_only_a_sample_of_the_documents_is_prepared(tmp_path: Path) -> None:
     stream = open_stream(streaming(tmp_path, **corpus))
     tokens = sum(map(len, one_pass(stream, tmp_path / "record")["input_ids"].to_pylist()))
     assert stream.tokens_per_pass == pytest.approx(tokens, rel=0.2)
+
+
+def test_a_source_of_several_epochs_is_read_so_often(tmp_path: Path) -> None:
+    """Its readings are no copies of each other, though they stand in one place."""
+    trained = {}
+    for epochs in (1, 3):
+        place = tmp_path / str(epochs)
+        place.mkdir()
+        values = sources(place) | {"shard_mb": 10, "max_rejected": 10}
+        values["documents"][0]["epochs"] = epochs
+        asked = streaming(place, **values)
+        prepare(asked)
+        stream = open_stream(asked)
+        assert stream.places_per_pass == 1
+        stream.read(0, str(place / "record"))
+        counts = stream.counts(str(place / "record"), 1)
+        trained[epochs] = counts["trained"]
+        assert counts["dropped.duplicate"] == epochs
+    assert trained[3] == 3 * trained[1] > 500

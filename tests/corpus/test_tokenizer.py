@@ -127,8 +127,8 @@ def test_the_vocabulary_is_what_models_expect(tokenizers: dict[str, Tokenizer], 
 @KINDS
 def test_further_special_tokens_follow_the_tasks(kind: str) -> None:
     tokenizer = train_tokenizer(TEXTS, settings(kind=kind, special_tokens=("<|user|>", END, PAD, "[X]")), ["de"])
-    order = [MASK, ">>summary<<", ">>de<<", "<|user|>", "[X]", SENTINELS[0]]
-    assert [tokenizer.token_to_id(token) for token in order] == list(range(3, 9))
+    order = [MASK, ">>summary<<", ">>answer<<", ">>de<<", "<|user|>", "[X]", SENTINELS[0]]
+    assert [tokenizer.token_to_id(token) for token in order] == list(range(3, 10))
     assert tokenizer.token_to_id(PAD) == tokenizer.get_vocab_size() - 1
     assert tokenizer.encode("a[X]b").tokens == ["a", "[X]", "b"]
 
@@ -136,7 +136,7 @@ def test_further_special_tokens_follow_the_tasks(kind: str) -> None:
 def test_a_vocabulary_without_room_for_bytes_is_an_error() -> None:
     tokens = tuple(f"<t{n}>" for n in range(300))
     with pytest.raises(
-        InputError, match="vocab_size: 600 ids are too few for 256 bytes and 371 special.*627 is the least"
+        InputError, match="vocab_size: 600 ids are too few for 256 bytes and 372 special.*628 is the least"
     ):
         train_tokenizer(TEXTS, settings(special_tokens=tokens), ["de"])
 

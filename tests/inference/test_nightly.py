@@ -199,6 +199,37 @@ def test_a_service_is_started_for_the_night_and_ends_with_it(
     assert not is_running()
 
 
+def test_a_service_that_does_not_come_up_is_the_failure_of_each_job(
+    ray_cluster: None, model_directory: Path, tmp_path: Path
+) -> None:
+    assert not is_running()
+    content = values(tmp_path, model_directory)
+    content["nightly"]["jobs"][0]["model"] = str(tmp_path / "no-model")
+    settings = Settings.model_validate(content)
+    absent = run_night(settings, at(date(2026, 11, 2)))
+    assert [record.status for record in absent.records] == ["missing"], "for which no service was started"
+    deliver(tmp_path, date(2026, 11, 1))
+    [record] = run_night(settings, at(date(2026, 11, 2))).records
+    assert record.status == "failed" and record.reason and "no-model" in record.reason
+    assert (tmp_path / "storage/nightly/2026-11-01/mail.json").is_file()
+
+
+def test_input_that_cannot_be_read_is_a_failure_and_not_missing(
+    ray_cluster: None, model_directory: Path, tmp_path: Path
+) -> None:
+    content = values(tmp_path, model_directory, through="actors")
+    content["nightly"]["jobs"][0]["input"] = f"{tmp_path}/in/{{date}}/*"
+    settings = Settings.model_validate(content)
+    deliver(tmp_path, date(2026, 11, 1))
+    (tmp_path / "in/2026-11-01/_SUCCESS").touch()  # as Spark leaves it
+    (tmp_path / "in/2026-11-01/notes.txt").write_text("x")
+    [record] = run_night(settings, at(date(2026, 11, 2))).records
+    assert record.status == "failed" and record.reason and "notes.txt: unknown suffix" in record.reason
+    (tmp_path / "in/2026-11-01/notes.txt").unlink()
+    [record] = run_night(settings, at(date(2026, 11, 2))).records
+    assert record.status == "done", record.reason
+
+
 # ------------------------------------------------------------------------------------------------- dates
 
 

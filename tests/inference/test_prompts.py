@@ -205,3 +205,13 @@ def test_every_kind_of_language_code_stands_where_its_model_has_learned_it(
     tokenizer = Tokenizer(mbart)
     before, after = tokenizer.frame(asked)
     assert before == [] and tokenizer.to_tokens(after) == ["</s>", "en_XX"]
+
+
+def test_a_model_of_ours_is_asked_as_it_was_taught(model_directory: Path) -> None:
+    model = dataclasses.replace(ModelInfo.load(str(model_directory)), tasks=("answer", "generate"))
+    asked = prompt_for(model, ANSWER)
+    assert (asked.token, asked.fields) == (">>answer<<", ("question", "context"))
+    assert asked.text(("Who?", "A. B.")) == "question: Who? context: A. B."
+    writes_on = prompt_for(model, GENERATE)
+    assert (writes_on.token, writes_on.template) == (None, None)
+    assert Tokenizer(model).frame(writes_on) == ([], []), "a text that goes on has no end"

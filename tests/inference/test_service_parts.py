@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import threading
 import time
@@ -16,9 +17,11 @@ from raylm.cli import main
 from raylm.errors import SettingsError
 from raylm.inference.service import keys as keys_module
 from raylm.inference.service import turns as turns_module
+from raylm.inference.service.host import ModelHost
 from raylm.inference.service.keys import Allowance, KeyFile, add_key, read_keys
 from raylm.inference.service.questions import Pieces, cut_at
 from raylm.inference.service.turns import Turns
+from raylm.settings import ServeSettings
 from raylm.storage import StoragePath
 
 # ----------------------------------------------------------------------------------------------- turns
@@ -86,6 +89,16 @@ def test_a_turn_that_fails_is_given_on() -> None:
             _ = 1 / 0
     with turns.online():
         pass
+
+
+def test_how_long_a_turn_has_lasted() -> None:
+    turns = Turns(share=0.5)
+    assert turns.held_s == 0
+    for kind in (turns.online, turns.bulk):
+        with kind():
+            time.sleep(0.05)
+            assert 0.05 <= turns.held_s < 5
+        assert turns.held_s == 0
 
 
 # ---------------------------------------------------------------------------------------------- pieces
@@ -212,3 +225,18 @@ def test_an_allowance_fills_with_time() -> None:
     assert allowance.take(2, 2.0) == 0.0
     assert allowance.take(500, 62.0) == 0.0, "more than a minute's worth goes when all of it is there"
     assert allowance.take(1, 62.0) == pytest.approx((500 - 60 + 1) * 1.0)
+
+
+# ---------------------------------------------------------------------------------------------- health
+
+
+def test_a_replica_whose_engine_hangs_says_so(model_directory: Path) -> None:
+    """Ray Serve then replaces it: what hangs in an engine cannot be interrupted."""
+    host = ModelHost(ServeSettings(row_limit_s=0.2), str(model_directory), "cpu")
+    asyncio.run(host.check_health())
+    with host._turns.bulk():
+        asyncio.run(host.check_health())
+        time.sleep(0.3)
+        with pytest.raises(RuntimeError, match="the engine has been at a batch for"):
+            asyncio.run(host.check_health())
+    asyncio.run(host.check_health())

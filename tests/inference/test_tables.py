@@ -17,7 +17,16 @@ import pytest
 
 from raylm.errors import InputError, OutputError
 from raylm.inference.chunks import plan_chunks, result_schema
-from raylm.inference.io import InputTable, check_same_columns, choose_columns, list_inputs, open_table, read_fields
+from raylm.inference.claim import output_place
+from raylm.inference.io import (
+    InputTable,
+    check_same_columns,
+    check_unchanged,
+    choose_columns,
+    list_inputs,
+    open_table,
+    read_fields,
+)
 from raylm.inference.output import write_output
 from raylm.inference.prompts import Prompt
 from raylm.inference.tabular import PREPARED_ROWS
@@ -364,3 +373,22 @@ def test_chunks_cover_all_rows_once_in_order() -> None:
     assert len(list(plan_chunks([936], 512))) == 8, "small inputs are shared among workers"
     assert [chunk.rows for chunk in plan_chunks([40], 512)] == [32, 8]
     assert list(plan_chunks([], 512)) == []
+
+
+def test_a_file_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("text\none\n")
+    files = list_inputs(str(file))
+    check_unchanged(files)
+    file.write_text("text\none more\n")
+    with pytest.raises(InputError, match=r"a\.csv: changed while the job ran"):
+        check_unchanged(files)
+
+
+def test_an_output_that_is_an_input_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "in" / "a.csv"
+    file.parent.mkdir()
+    file.write_text("text\none\n")
+    pattern = str(tmp_path / "in" / "*.csv")
+    with pytest.raises(OutputError, match=r"would replace its input .*a\.csv"):
+        output_place(pattern, list_inputs(pattern), TRANSLATE, str(tmp_path / "in"))

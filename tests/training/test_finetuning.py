@@ -15,9 +15,14 @@ import pytest
 from raylm import models
 from raylm.corpus.prepare import prepare
 from raylm.errors import ArtifactError, SettingsError
-from raylm.settings import Settings
+from raylm.inference.answers import answer_rows
+from raylm.inference.engines import load_engine
+from raylm.inference.model import ModelInfo
+from raylm.inference.prompts import prompt_for
+from raylm.settings import DecodeSettings, Settings
 from raylm.settings.training import LoraSettings
 from raylm.storage import StoragePath
+from raylm.tasks import ANSWER, GENERATE, TRANSLATE
 from raylm.training.evaluate import evaluate, lead_sentence
 from raylm.training.export import export
 from raylm.training.generation import classify, generate, padded
@@ -26,6 +31,7 @@ from raylm.training.trainer import finetune, load_trained, pretrain, run_directo
 from tests.training.runs import changed, losses, on_workers
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+FLOAT = DecodeSettings(compute_type="float32")
 GOOD, BAD = ("good", "fine", "lovely", "great"), ("bad", "poor", "awful", "boring")
 REST = "the book film hotel room is was very and with a story that we saw read of for once more again"
 
@@ -97,6 +103,32 @@ def test_a_decoder_learns_pairs_and_is_exported(
     expected = generate(trained, tokenizer, [ids], 48, 1, lambda rows: None)
     assert generate(model, tokenizer, [ids], 48, 1, lambda rows: None) == expected
     assert run_snippet(directory / "README.md", text, capsys) == expected[0].strip()
+
+
+def test_a_pretrained_decoder_is_exported_and_writes_on(
+    decoder_settings: Settings, pretrained_decoder: StoragePath, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = changed(decoder_settings, model={"name": "llama-pretrained"})
+    exported = export(settings, pretrained=True)
+    assert export(settings, pretrained=True) == exported
+    directory = Path(settings.storage, "models/llama-pretrained")
+    described = json.loads((directory / "raylm.json").read_text())
+    assert described["tasks"] == ["generate"]
+    assert described["max_positions"] == settings.corpus.sequence_length
+    assert described["metrics"]["validation_bits_per_byte"] > 0
+
+    model = ModelInfo.load(str(directory))
+    with pytest.raises(ArtifactError, match="cannot translate; its tasks: generate"):
+        prompt_for(model, TRANSLATE, "de")
+    text = "Return the first"
+    [output] = answer_rows(load_engine(model, FLOAT), [(text,)], prompt_for(model, GENERATE))
+    tokenizer = models.load_tokenizer(str(directory))
+    trained, _ = load_trained(pretrained_decoder)
+    ids = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"])
+    [expected] = generate(trained, tokenizer, [ids], settings.corpus.sequence_length // 2, 1)
+    assert output.text == expected.strip()
+    assert (directory / "README.md").read_text().count("bits per byte") == 1
+    assert run_snippet(directory / "README.md", text, capsys).startswith(expected.strip())
 
 
 def test_a_decoder_answers_a_batch_as_it_answers_each_alone(corpus: StoragePath) -> None:
@@ -234,6 +266,45 @@ def test_a_writing_run_leaves_labelled_texts_out(labelled_settings: Settings) ->
     assert set(evaluate(settings).metrics) == {"translate-de", "validation_perplexity"}
     export(settings)
     assert json.loads(Path(settings.storage, "models/marian/raylm.json").read_text())["tasks"] == ["translate"]
+
+
+def test_an_encoder_decoder_learns_to_answer(
+    small_settings: Settings, ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the columns of questions, texts and answers to a model that `raylm batch-answer` can ask."""
+    rows = [
+        {"question": f"Where is the {name}?", "text": f"It is late. The {name} is {place}.", "answer": place}
+        for name in dict.fromkeys(REST.split())
+        for place in ("at home", "on the table", "in the garden", "under the tree", "far away")
+    ]
+    columns = {"type": "parquet", "task": "answer", "source": "question", "context": "text", "target": "answer"}
+    pairs = []
+    for name, chosen, split in (("learned", rows[:70], None), ("held out", rows[70:], "test")):
+        pq.write_table(pa.Table.from_pylist(chosen), tmp_path / f"{name}.parquet")
+        pairs.append(columns | {"path": str(tmp_path / f"{name}.parquet"), "split": split})
+    settings = changed(
+        small_settings,
+        corpus={"name": "questions", "documents": [], "pairs": pairs, "dedup": {"fuzzy": False}, "validation": 0.2},
+        model={"name": "answers"},
+        finetune={"name": "answers", "start": "scratch", "workers": 1, "task_weights": {}, "log_every": 1},
+    )
+    prepare(settings)
+    finetune(settings)
+    found = losses(run_directory(settings, "answers"))
+    assert sum(found[-3:]) < sum(found[:3]) - 0.5
+    scores = evaluate(settings).metrics["answer"]
+    assert {"f1", "exact_match"} < set(scores)
+    assert scores["baseline"]["method"] == "sentence most like the question"
+    assert scores["baseline"]["f1"] > 50
+
+    export(settings)
+    directory = Path(settings.storage, "models/answers")
+    assert json.loads((directory / "raylm.json").read_text())["tasks"] == ["answer"]
+    model = ModelInfo.load(str(directory))
+    prompt = prompt_for(model, ANSWER)
+    [output] = answer_rows(load_engine(model, FLOAT), [(rows[0]["question"], rows[0]["text"])], prompt)
+    asked = f"question: {rows[0]['question']} context: {rows[0]['text']}"
+    assert output.text and run_snippet(directory / "README.md", asked, capsys)[:100] == output.text[:100]
 
 
 def test_a_label_that_was_not_learned_is_named_before_training(labelled_settings: Settings, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from raylm.training.objectives import SelfSupervision, Vocabulary
 from raylm.training.steps import token_loss
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
-VOCABULARY = Vocabulary(size=100, pad=99, end=2, mask=3, decoder_start=99, sentinels=(), first_plain=4)
+VOCABULARY = Vocabulary(size=100, pad=99, end=2, mask=3, decoder_start=99, sentinels=(), first_plain=4, plain_stop=99)
 LLAMA = transformers.LlamaConfig(
     vocab_size=100, hidden_size=32, num_hidden_layers=2, intermediate_size=48, num_attention_heads=4, pad_token_id=99
 )
@@ -33,13 +33,19 @@ LLAMA = transformers.LlamaConfig(
         (transformers.MistralConfig(sliding_window=64), "causal", "fp32", CPU, None),
         (transformers.BertConfig(), "masked", "bf16", GPU, None),
         (transformers.T5Config(), "seq2seq", "bf16", GPU, None),
+        (transformers.GPTBigCodeConfig(), "causal", "bf16", GPU, None),
+        (transformers.GPTBigCodeConfig(), "causal", "fp32", CPU, None),
     ],
 )
 def test_attention_is_computed_by_what_can_do_it(
     monkeypatch: pytest.MonkeyPatch, config: Any, objective: str, precision: str, device: Any, expected: str | None
 ) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (8, 6))
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
     assert kernels.attention_for(config, objective, precision, device) == expected
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (7, 5))
+    assert kernels.attention_for(config, objective, precision, device) == (expected if device == CPU else None)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (8, 6))
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: False)
     assert kernels.attention_for(config, objective, precision, device) == (expected if device == CPU else None)
 
@@ -119,3 +125,23 @@ def test_a_model_that_attends_by_document_generates_as_any_other() -> None:
         asked = {"input_ids": ids[rows], "attention_mask": mask[rows], "max_new_tokens": 8, "do_sample": False}
         one, other = (model.generate(**asked, use_cache=True, eos_token_id=None) for model in (apart, whole))
         assert torch.equal(one, other)
+
+
+def test_windows_of_a_model_end_at_its_documents() -> None:
+    """Where layers see a window alone, the model itself tells documents apart, of their positions."""
+    config = transformers.MistralConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=2, intermediate_size=48, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=99, sliding_window=4,
+    )  # fmt: skip
+    model = models.build_model(config, seed=1).eval()
+    rows = list(np.random.default_rng(1).integers(4, 99, (2, 16)))
+    lengths = [np.asarray([7, 9]), np.asarray([16])]
+    packed = SelfSupervision("causal", VOCABULARY, 0.15, 3.0, has_mask=not models.has_windows(config))
+    inputs, _ = packed.micro_batch(rows, lengths, [(0,), (1,)]).tensors(CPU)
+    assert set(inputs) == {"input_ids", "position_ids"}
+    with torch.no_grad():
+        together = model(**inputs, use_cache=False).logits
+        parts = (torch.from_numpy(part)[None] for part in (rows[0][:7], rows[0][7:], rows[1]))
+        alone = [model(part, use_cache=False).logits[0] for part in parts]
+    torch.testing.assert_close(together[0], torch.cat(alone[:2]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together[1], alone[2], rtol=1e-4, atol=1e-5)

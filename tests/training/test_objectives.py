@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from raylm.errors import ArtifactError, SettingsError
 from raylm.storage import StoragePath
 from raylm.training.batches import GlobalBatch, Shards, TokenLists
+from raylm.training.examples import vocabulary_of
 from raylm.training.labels import check_labels, label_counts, label_names, label_numbers
 from raylm.training.noise import corrupt_spans, infill_spans, span_mask
 from raylm.training.objectives import (
@@ -33,7 +34,7 @@ from raylm.training.objectives import (
 from raylm.training.steps import token_loss
 
 VOCABULARY = Vocabulary(
-    size=100, pad=99, end=2, mask=3, decoder_start=99, sentinels=tuple(range(4, 20)), first_plain=20
+    size=100, pad=99, end=2, mask=3, decoder_start=99, sentinels=tuple(range(4, 20)), first_plain=20, plain_stop=99
 )
 
 
@@ -108,7 +109,7 @@ def test_documents_of_one_sequence_do_not_see_each_other() -> None:
 @pytest.mark.parametrize(("pad", "stop"), [(99, 99), (0, 100)])
 def test_hidden_tokens_are_the_mask_a_plain_token_or_as_before(pad: int, stop: int) -> None:
     """With the padding as the last id, and as the first, where BERT has it."""
-    vocabulary = replace(VOCABULARY, pad=pad)
+    vocabulary = replace(VOCABULARY, pad=pad, plain_stop=stop)
     rows = [np.random.default_rng(n).integers(20, stop, 64) for n in range(200)]
     masked = SelfSupervision("masked", vocabulary, 0.15, 3.0)
     batch = masked.micro_batch(rows, [np.asarray([64])] * 200, [(7, n) for n in range(200)])
@@ -314,3 +315,82 @@ def test_editing_one_document_leaves_the_logits_of_its_neighbour(family: str, ob
     before, after = logits(ids), logits(edited)
     assert torch.equal(before[0, 5:], after[0, 5:])
     assert not torch.equal(before[0, 2:5], after[0, 2:5])
+
+
+def test_positions_begin_where_the_model_begins_them() -> None:
+    supervision = SelfSupervision("masked", VOCABULARY, 0.15, 3.0, first_position=2)
+    rows = [np.arange(20, 30)]
+    batch = supervision.micro_batch(rows, [np.asarray([4, 6])], [(1,)])
+    assert batch.inputs["position_ids"].tolist() == [[2, 3, 4, 5, 2, 3, 4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("last", [["<mask>"], ["<a>", "<mask>"], []])
+def test_plain_ids_lie_between_the_special_ones(last: list[str]) -> None:
+    """RoBERTa's mask is its last id."""
+    from tokenizers import Tokenizer
+    from tokenizers import models as kinds
+    from transformers import PreTrainedTokenizerFast, RobertaConfig
+
+    words = ["<s>", "<pad>", "</s>", "<unk>", *(f"w{number}" for number in range(50)), *last]
+    backend = Tokenizer(kinds.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    special |= {"mask_token": "<mask>"} if last else {}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    if len(last) > 1:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<a>"]})
+    found = vocabulary_of(RobertaConfig(), tokenizer)
+    assert (found.first_plain, found.plain_stop) == (4, 54)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "t5", "marian"])
+def test_a_head_that_computes_what_is_asked_gives_the_loss_and_the_gradients_of_all(kind: str) -> None:
+    """Logits of positions without a label are none of the loss's."""
+    import torch
+    from transformers import AutoConfig
+
+    from raylm import models
+
+    sizes: dict[str, Any] = {
+        "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_decoder_layers": 1},
+        "marian": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48,
+                   "decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention_heads": 4},
+    }.get(kind, {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48})  # fmt: skip
+    special = {"vocab_size": 100, "pad_token_id": 99, "eos_token_id": 2, "decoder_start_token_id": 99}
+    config = AutoConfig.for_model(kind, num_attention_heads=4, **special, **sizes)
+    model = models.build_model(config, seed=1).eval()
+    model.config.use_cache = False
+    rng = np.random.default_rng(3)
+    inputs: dict[str, Any] = {"input_ids": rng.integers(20, 99, (3, 12))}
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = rng.integers(20, 99, (3, 12))
+    labels = np.where(rng.random((3, 12)) < 0.3, rng.integers(20, 99, (3, 12)), IGNORE)
+    few = MicroBatch(inputs, labels)
+    assert few.scored is not None and len(few.scored) == few.target_tokens
+    loss = token_loss(model, few, 0.1, torch.device("cpu"))
+    loss.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    all_logits = model(**few.tensors(torch.device("cpu"))[0]).logits
+    assert all_logits.shape == (3, 12, 100), "the head is as it was"
+    places = labels.ravel() != IGNORE
+    kept = all_logits.flatten(0, 1)[torch.from_numpy(places)][:, :99]
+    expected = torch.nn.functional.cross_entropy(
+        kept, torch.from_numpy(labels.ravel()[places]), label_smoothing=0.1, reduction="sum"
+    )
+    expected.backward()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    others = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    for one, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_positions_are_left_out_where_most_have_no_label() -> None:
+    ids = {"input_ids": np.zeros((2, 4), np.int64)}
+    most = np.asarray([[1, 1, 1, IGNORE], [1, 1, 1, 1]])
+    none = np.full((2, 4), IGNORE)
+    assert MicroBatch(ids, most).scored is None
+    assert MicroBatch(ids, none).scored is None, "each rank goes through the head"
+    assert MicroBatch(ids, np.asarray([1, 2])).scored is None, "a label for each text"
+    one = none.copy()
+    one[1, 2] = 5
+    assert MicroBatch(ids, one).scored.tolist() == [6]  # type: ignore[union-attr]

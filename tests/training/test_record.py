@@ -11,7 +11,7 @@ from raylm.storage import StoragePath
 from raylm.training.objectives import IGNORE, MicroBatch, Vocabulary, seq2seq_batch
 from raylm.training.record import DATA, DataRecord
 
-VOCABULARY = Vocabulary(size=100, pad=99, end=2, mask=3, decoder_start=99, sentinels=(), first_plain=4)
+VOCABULARY = Vocabulary(size=100, pad=99, end=2, mask=3, decoder_start=99, sentinels=(), first_plain=4, plain_stop=99)
 
 
 def test_a_step_that_comes_again_has_to_read_the_same(tmp_path: Path) -> None:

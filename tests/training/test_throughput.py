@@ -142,9 +142,11 @@ def test_source_and_target_tokens_cost_differently() -> None:
     assert attention_widths(CONFIGS["t5"]) == (3 * 48, 2 * 48)
     encoder = 3 * (4 * 32 * 32 + 2 * 32 * 48)
     keys_values = 2 * 2 * 32 * 32  # of cross-attention, made of the encoder's output
-    decoder = 2 * (4 * 32 * 32 + 2 * 32 * 32 + 2 * 32 * 80) + 96 * 32
+    decoder = 2 * (4 * 32 * 32 + 2 * 32 * 32 + 2 * 32 * 80)
     assert (flops.per_source_token, flops.per_target_token) == (6 * (encoder + keys_values), 6 * decoder)
+    assert flops.per_scored_token == 6 * 96 * 32
     assert flops.of_batch(2, 10, 5) == 2 * flops.of_batch(1, 10, 5)
+    assert flops.of_batch(2, 10, 5, scored=3) == flops.of_batch(2, 10, 5) - 7 * 6 * 96 * 32
 
 
 def test_no_utilisation_is_claimed_for_what_the_formula_does_not_know() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from raylm.settings import FinetuneSettings, PretrainSettings
-from raylm.training.zero import deepspeed_config, resolve_precision
+from raylm.training.zero import deepspeed_config, resolve_precision, stage_of
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -12,7 +12,7 @@ def test_the_config_is_one_that_deepspeed_takes(stage: int) -> None:
 
     settings = PretrainSettings(zero_stage=stage, gradient_clip=0.5)
     config = deepspeed_config(settings, world_size=4, micro_batches=3, precision="bf16")
-    assert DeepSpeedZeroConfig(**config["zero_optimization"]).stage == stage
+    assert DeepSpeedZeroConfig(**config["zero_optimization"]).stage == max(stage, 1)
     assert config["train_batch_size"] == (
         4 * config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
     )
@@ -32,12 +32,21 @@ def test_precision_turns_on_one_format(precision: str, bf16: bool, fp16: bool) -
 def test_auto_precision_is_bf16_only_where_the_gpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     assert resolve_precision("auto", torch.device("cpu")) == "fp32"
     assert resolve_precision("auto", torch.device("cuda")) == "bf16"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    # What an older GPU emulates is no reason to compute in it.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert resolve_precision("auto", torch.device("cuda")) == "fp32"
     assert resolve_precision("fp16", torch.device("cpu")) == "fp16"
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("fp32", 0), ("bf16", 1), ("fp16", 1)])
+def test_16_bits_have_an_optimizer_that_keeps_fp32_weights(precision: str, expected: int) -> None:
+    settings = PretrainSettings(zero_stage=0)
+    assert stage_of(settings, precision) == expected
+    assert deepspeed_config(settings, 1, 1, precision)["zero_optimization"]["stage"] == expected
+    assert stage_of(PretrainSettings(zero_stage=2), precision) == 2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from raylm.errors import first_line
 from raylm.inference import watchdog
 from raylm.inference.answers import Output
 from raylm.inference.prompts import Fields
+
+_LOST_DEVICE = re.compile("CUDA error|CUDA failed|cuBLAS failed|device-side assert")
+"""What PyTorch and CTranslate2 say of a GPU that computes nothing more for this process, whatever it is asked."""
 
 Turn = Callable[[], AbstractContextManager[object]]
 """A context to be in while a batch is computed: where callers share a model, it waits until it is one's turn."""
@@ -76,6 +80,8 @@ def _run_or_halve(run: Callable[[list[Source]], list[Output]], batch: list[Sourc
     try:
         return run(batch)
     except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+        if _LOST_DEVICE.search(str(error)) and "out of memory" not in str(error):
+            watchdog.end(f"the GPU does not compute any more: {first_line(error)}")
         if len(batch) == 1:
             return [Output(None, f"engine: {first_line(error)}", source_tokens=len(batch[0].ids))]
         middle = len(batch) // 2

@@ -88,7 +88,7 @@ class Tokenizer:
         if prompt.is_chat:
             return [], []  # all is in the template
         if self._model.is_ours and self._model.kind != "classifier":
-            return token, end
+            return token, end if token else []  # without a task it goes on writing
         if prompt.source_code is not None:
             code = [self.id_of(prompt.source_code)]
             return ([], end + code) if self._puts_code_last else (code, end)

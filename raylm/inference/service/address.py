@@ -11,14 +11,17 @@ _CONNECT_TIMEOUT_S = 2.0
 _AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
 
 
-def note_service(address: str, url: str) -> None:
+def note_service(address: str) -> None:
     """Leave the Ray address of a started service, with the way its cluster wants to be spoken to."""
     environment = {name: os.environ[name] for name in _AUTHENTICATION if name in os.environ}
-    _note().write_json({"ray": address, "url": url, "environment": environment})
+    _note().write_json({"ray": address, "environment": environment})
 
 
-def forget_service() -> None:
-    _note().delete()
+def forget_service(address: str) -> None:
+    """Remove the note of the service at an address; that of another stays."""
+    note = _note()
+    if note.is_file() and note.read_json()["ray"] == address:
+        note.delete()
 
 
 def noted_service() -> str | None:

@@ -65,8 +65,8 @@ class ServiceClient:
             wanted = ModelInfo.load(model)
             if wanted.fingerprint != served.fingerprint:
                 raise RaylmError(
-                    f"the service hosts {served.where} ({served.fingerprint}), not {model} ({wanted.fingerprint});"
-                    " leave --model out, or serve that one"
+                    f"the service hosts {served.where} ({served.fingerprint}), not {wanted.where}"
+                    f" ({wanted.fingerprint}); leave --model out, or serve that one"
                 )
             served = replace(served, uri=model)
         return cls(served, DecodeSettings.model_validate(described["decode"]), handle)
@@ -118,6 +118,8 @@ def _patiently(send: Callable[[], Any]) -> Any:
             raise
         except RayTaskError as error:
             raise error.cause if isinstance(error.cause, RaylmError) else error from None
+        except TimeoutError as error:
+            raise RaylmError(f"the service has not answered for {_TIMEOUT_S:g} s; what is done is kept") from error
         except (BackPressureError, RayServeException) as error:
             if time.monotonic() > end:
                 reason = " ".join(str(error).split())

@@ -61,8 +61,9 @@ class ModelHost:
         self._batch_tokens = min(settings.max_batch_tokens, settings.decode.batch_tokens_on(device))
         self._decode = settings.decode.model_copy(update={"batch_tokens": self._batch_tokens})
         engine = load_engine(self._model, settings.decode, device, settings.threads)
-        turns = Turns(settings.batch_share)
-        self._online, self._bulk = engine.view(self._decode, turns.online), engine.view(self._decode, turns.bulk)
+        self._turns, self._turn_limit_s = Turns(settings.batch_share), settings.row_limit_s
+        self._online = engine.view(self._decode, self._turns.online)
+        self._bulk = engine.view(self._decode, self._turns.bulk)
         # Threads apart: chunks of batch jobs never keep an online request waiting for a thread. Of two chunks one is
         # put into batches while the other is computed.
         self._bulk_threads = ThreadPoolExecutor(2)
@@ -212,6 +213,14 @@ class ModelHost:
         """The model, how it decodes, and the process that said so."""
         model = asdict(self._model) | {"directory": str(self._model.directory)}
         return {"model": model, "decode": self._decode.model_dump(), "pid": os.getpid()}
+
+    async def check_health(self) -> None:
+        """Asked by Ray Serve, which replaces a replica that has no answer to it.
+
+        :raises RuntimeError: the engine hangs, which nothing interrupts.
+        """
+        if self._turns.held_s > self._turn_limit_s:
+            raise RuntimeError(f"the engine has been at a batch for {self._turns.held_s:.0f} s")
 
     @contextmanager
     def _opened(self, questions: int = 1) -> Iterator[None]:

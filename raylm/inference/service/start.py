@@ -155,16 +155,18 @@ def start_service(settings: ServeSettings, model: str, is_update: bool = False) 
         waiting.start()
         try:
             serve.run(deployed, name=APPLICATION, route_prefix="/")
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
+        except BaseException as error:  # also of a person who does not want to wait
             if not is_update:
                 serve.delete(APPLICATION)
+            if not isinstance(error, RuntimeError):
+                raise
+            reason = " ".join(str(error).split())
             raise RaylmError(f"the service did not come up: {reason[-400:]}") from error
         finally:
             waiting.cancel()
     shown = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
     url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
-    note_service(ray.get_runtime_context().gcs_address, url)
+    note_service(ray.get_runtime_context().gcs_address)
     return url
 
 
@@ -183,7 +185,7 @@ def is_running() -> bool:
 
 def stop_service() -> None:
     """Take the service down, and Ray Serve with it where nothing else runs on it."""
-    forget_service()
+    forget_service(ray.get_runtime_context().gcs_address)
     with _quiet_serve():
         with suppress(TimeoutError):  # some answer takes its time; what is left of it ends with Ray Serve
             serve.delete(APPLICATION)

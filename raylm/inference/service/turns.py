@@ -32,6 +32,14 @@ class Turns:
         """When an online request was here last."""
         self._rested = -float("inf")
         """When the last batch of a batch job has been made up for."""
+        self._began: float | None = None
+        """When the one whose turn it is began to compute."""
+
+    @property
+    def held_s(self) -> float:
+        """How long the one whose turn it is has been computing; 0 where nobody does."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
     @contextmanager
     def online(self) -> Iterator[None]:
@@ -61,9 +69,11 @@ class Turns:
         with self._changed:
             self._waiting.append(ticket)
             self._changed.wait_for(lambda: self._waiting[0] is ticket)
+        self._began = time.monotonic()
         try:
             yield
         finally:
+            self._began = None
             with self._changed:
                 self._waiting.popleft()
                 self._changed.notify_all()
