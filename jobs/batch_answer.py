@@ -3,7 +3,7 @@
 
     ray job submit --working-dir . -- jobs/batch_answer.py s3://bucket/in/ --output s3://bucket/out/
 
-Takes the arguments of `raylm batch-answer`, such as `--set pretrain.steps=200`; see `raylm batch-answer --help`.
+Takes the arguments of `raylm batch-answer`, such as `--context body`; see `raylm batch-answer --help`.
 """
 
 import sys

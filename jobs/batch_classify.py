@@ -3,7 +3,7 @@
 
     ray job submit --working-dir . -- jobs/batch_classify.py s3://bucket/in/ --output s3://bucket/out/
 
-Takes the arguments of `raylm batch-classify`, such as `--set pretrain.steps=200`; see `raylm batch-classify --help`.
+Takes the arguments of `raylm batch-classify`, such as `--max-errors 1%`; see `raylm batch-classify --help`.
 """
 
 import sys

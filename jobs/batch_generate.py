@@ -3,7 +3,7 @@
 
     ray job submit --working-dir . -- jobs/batch_generate.py s3://bucket/in/ --output s3://bucket/out/
 
-Takes the arguments of `raylm batch-generate`, such as `--set pretrain.steps=200`; see `raylm batch-generate --help`.
+Takes the arguments of `raylm batch-generate`, such as `--column body`; see `raylm batch-generate --help`.
 """
 
 import sys

@@ -3,7 +3,7 @@
 
     ray job submit --working-dir . -- jobs/batch_summarize.py s3://bucket/in/ --output s3://bucket/out/
 
-Takes the arguments of `raylm batch-summarize`, such as `--set pretrain.steps=200`; see `raylm batch-summarize --help`.
+Takes the arguments of `raylm batch-summarize`, such as `--column body`; see `raylm batch-summarize --help`.
 """
 
 import sys

@@ -3,7 +3,7 @@
 
     ray job submit --working-dir . -- jobs/batch_translate.py s3://bucket/in/ --output s3://bucket/out/
 
-Takes the arguments of `raylm batch-translate`, such as `--set pretrain.steps=200`; see `raylm batch-translate --help`.
+Takes the arguments of `raylm batch-translate`, such as `--to de`; see `raylm batch-translate --help`.
 """
 
 import sys

@@ -3,7 +3,7 @@
 
     ray job submit --working-dir . jobs/evaluate.py
 
-Takes the arguments of `raylm evaluate`, such as `--set pretrain.steps=200`; see `raylm evaluate --help`.
+Takes the arguments of `raylm evaluate`, such as `--set evaluate.beam_size=4`; see `raylm evaluate --help`.
 """
 
 import sys

@@ -3,7 +3,7 @@
 
     ray job submit --working-dir . jobs/export.py
 
-Takes the arguments of `raylm export`, such as `--set pretrain.steps=200`; see `raylm export --help`.
+Takes the arguments of `raylm export`, such as `--set model.name=en-de`; see `raylm export --help`.
 """
 
 import sys

@@ -3,7 +3,7 @@
 
     ray job submit --working-dir . jobs/finetune.py
 
-Takes the arguments of `raylm finetune`, such as `--set pretrain.steps=200`; see `raylm finetune --help`.
+Takes the arguments of `raylm finetune`, such as `--set finetune.steps=200`; see `raylm finetune --help`.
 """
 
 import sys

@@ -3,7 +3,7 @@
 
     ray job submit --working-dir . jobs/prepare.py
 
-Takes the arguments of `raylm prepare`, such as `--set pretrain.steps=200`; see `raylm prepare --help`.
+Takes the arguments of `raylm prepare`, such as `--set corpus.sequence_length=1024`; see `raylm prepare --help`.
 """
 
 import sys

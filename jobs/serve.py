@@ -3,7 +3,7 @@
 
     ray job submit --working-dir . jobs/serve.py
 
-Takes the arguments of `raylm serve`, such as `--set pretrain.steps=200`; see `raylm serve --help`.
+Takes the arguments of `raylm serve`, such as `--port 8000`; see `raylm serve --help`.
 """
 
 import sys

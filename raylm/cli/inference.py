@@ -37,7 +37,7 @@ def _batch_options(command: Command) -> Command:
     return with_settings(command)
 
 
-_column_option = click.option("--column", help="Column with the text. Default: the only one that holds strings.")
+_column_option = click.option("--column", help="Column with the text. Default: `text`, or the only one of strings.")
 _prompt_option = click.option("--prompt", help="Words of your own around columns: 'Write a title: {text}'.")
 
 
@@ -48,7 +48,7 @@ _prompt_option = click.option("--prompt", help="Words of your own around columns
 @click.option("--from", "source_language", help="Source language, for models that know several.")
 @click.option("--to", help="Target language. Default: the model's only one.")
 def batch_translate(settings: Settings, **arguments: Any) -> None:
-    """Translate a column of parquet, Arrow, jsonl or csv files."""
+    """Translate a column of parquet, Arrow, jsonl or csv files, or the messages of gettext catalogs."""
     from raylm.tasks import TRANSLATE
 
     _batch(settings, TRANSLATE, **arguments)

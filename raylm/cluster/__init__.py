@@ -1,1 +1,1 @@
-"""What stands around the stages: cluster files checked before anything is started."""
+"""What stands around the stages: clusters checked, planned, made and ended, and the jobs on them."""

@@ -205,7 +205,7 @@ def write_definitions(directory: Path) -> None:
                 term = question.casefold()
                 seen[term] += 1
                 if seen[term] <= _MOST_OF_A_TERM:
-                    is_tested = xxhash.xxh3_64_intdigest(term) < _TESTED * 2**64
+                    is_tested = xxhash.xxh3_64_intdigest(term.encode()) < _TESTED * 2**64
                     row = {"question": question, "context": context, "answer": answer}
                     kept["test" if is_tested else "train"].append(row)
     for split, rows in kept.items():
