@@ -7,6 +7,7 @@ import hashlib
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -19,7 +20,7 @@ from raylm.inference.service import keys as keys_module
 from raylm.inference.service import turns as turns_module
 from raylm.inference.service.host import ModelHost
 from raylm.inference.service.keys import Allowance, KeyFile, add_key, read_keys
-from raylm.inference.service.questions import Pieces, cut_at
+from raylm.inference.service.questions import Pieces, Question, Reply, cut_at
 from raylm.inference.service.turns import Turns
 from raylm.settings import ServeSettings
 from raylm.storage import StoragePath
@@ -240,3 +241,27 @@ def test_a_replica_whose_engine_hangs_says_so(model_directory: Path) -> None:
         with pytest.raises(RuntimeError, match="the engine has been at a batch for"):
             asyncio.run(host.check_health())
     asyncio.run(host.check_health())
+
+
+def test_a_large_request_lets_others_in_between(model_directory: Path, sentences: list[str]) -> None:
+    host = ModelHost(ServeSettings(max_batch_tokens=64), str(model_directory), "cpu")
+    rows = tuple((text,) for text in sentences[:300])
+
+    async def asked() -> tuple[Any, Any, bool]:
+        large = asyncio.create_task(host.ask([Question("translate", rows)]))
+        await asyncio.sleep(0.05)
+        [small] = await host.ask([Question("translate", (("open the window",),))])
+        was_first = not large.done()
+        [reply] = await large
+        return reply, small, was_first
+
+    reply, small, was_first = asyncio.run(asked())
+    assert was_first
+    assert isinstance(small, Reply) and small.outputs[0].text
+    assert isinstance(reply, Reply) and len(reply.outputs) == 300
+    [alone] = asyncio.run(
+        ModelHost(ServeSettings(), str(model_directory), "cpu").ask([Question("translate", rows[250:])])
+    )
+    assert isinstance(alone, Reply)
+    assert [o.truncated for o in reply.outputs[250:]] == [o.truncated for o in alone.outputs]
+    assert sum(a.text == b.text for a, b in zip(reply.outputs[250:], alone.outputs, strict=True)) > 40

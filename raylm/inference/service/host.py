@@ -32,6 +32,8 @@ from raylm.tasks import TASKS
 _PROMPTS = 256
 _CHARACTERS_A_TOKEN = 16
 """More than texts have; such a text is not counted to know that it fills a batch."""
+_CHARACTERS_OF_A_PART = 3
+"""For each token of a batch: about as many as texts have."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,10 @@ class ModelHost:
 
     async def _reply(self, question: Question) -> Reply | Refusal:
         try:
-            return Reply(self._model.name, await self._together.result(self._request(question)))
+            request, outputs = self._request(question), list[Output]()
+            for part in self._parts(request):  # one after the other, so that others come in between
+                outputs += await self._together.result(part)
+            return Reply(self._model.name, outputs)
         except Exception as error:  # is that of this question, and not of others that came with it
             return Refusal.of(error)
 
@@ -126,6 +131,19 @@ class ModelHost:
         decode, is_seeded = self._decode_for(question), "seed" in question.decode
         return _Request(prompt, decode, question.rows, question.stop, is_seeded, self._size(question.rows))
 
+    def _parts(self, request: _Request) -> Iterator[_Request]:
+        """A request in pieces of about a batch, however many rows it has."""
+        if request.tokens < self._batch_tokens:
+            yield request
+            return
+        rows: list[Row] = []
+        for row in request.rows:
+            if rows and _characters([*rows, row]) > _CHARACTERS_OF_A_PART * self._batch_tokens:
+                yield replace(request, rows=tuple(rows), tokens=self._size(rows))
+                rows = []
+            rows.append(row)
+        yield replace(request, rows=tuple(rows), tokens=self._size(rows))
+
     def _make_prompt(self, task: str, to: str | None, source_language: str | None, is_plain: bool) -> Prompt:
         prompt = prompt_for(self._model, TASKS[task], to, source_language)
         return replace(prompt, is_chat=False, template=None) if is_plain else prompt
@@ -140,9 +158,9 @@ class ModelHost:
             raise RaylmError("; ".join(fault["msg"] for fault in error.errors())) from error
 
     def _size(self, rows: Sequence[Row]) -> int:
-        texts = [text for row in rows for text in row if text]
-        if sum(map(len, texts)) > _CHARACTERS_A_TOKEN * self._batch_tokens:
+        if _characters(rows) > _CHARACTERS_A_TOKEN * self._batch_tokens:
             return self._batch_tokens
+        texts = [text for row in rows for text in row if text]
         return min(sum(map(self._online.count_tokens, texts)) + max(len(rows), 1), self._batch_tokens)
 
     async def _decode_together(self, requests: list[_Request]) -> Sequence[list[Output] | Exception]:
@@ -240,6 +258,10 @@ class ModelHost:
             tokens = sum(getattr(output, f"{kind}_tokens") for output in outputs)
             if tokens:
                 self._tokens.inc(tokens, tags={"kind": kind, "caller": caller})
+
+
+def _characters(rows: Sequence[Row]) -> int:
+    return sum(len(text) for row in rows for text in row if text)
 
 
 def _cut(output: Output, stop: tuple[str, ...]) -> Output:

@@ -74,7 +74,7 @@ class Pieces:
         text = text.rstrip()
         if not self.is_over:
             text = text[: len(text) - max((_open_end(text, string) for string in self._stop), default=0)]
-        return self.rest(text)
+        return self.rest(text.rstrip())
 
     def rest(self, text: str) -> str:
         """What is new in the finished answer."""
