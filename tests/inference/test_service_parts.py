@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from raylm.cli import main
@@ -110,6 +110,7 @@ def test_a_text_is_cut_before_the_first_string_to_stop_at() -> None:
     assert cut_at("one", ()) == ("one", False)
 
 
+@example("aaaaaa ab", [1, 2, 5], "ab")
 @given(
     st.text("ab \n", max_size=30), st.lists(st.integers(1, 5), max_size=30), st.sampled_from(["", "ab", "bba", "\n"])
 )
