@@ -1,9 +1,10 @@
 # make quickstart: text to trained model to translated files.  make test: everything that CI runs.
+# make bench: raylm beside others, in about an hour; it needs the real text of $RAYLM_DATA.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv quickstart test lint format clean
+.PHONY: venv quickstart test bench lint format clean
 
 venv: $(VENV)/.installed
 
@@ -20,6 +21,9 @@ quickstart: venv
 
 test: venv lint
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: venv
+	$(BIN)/python -m tests.benchmarks --json bench.json $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -60,9 +60,11 @@ def raylm_session(
             session.kill()
 
 
-def run_on_real_text(description: str, parts: Mapping[str, Callable[[float], list[Row]]]) -> int:
+def run_on_real_text(
+    description: str, parts: Mapping[str, Callable[[float], list[Row]]], readme: Path | None = None
+) -> int:
     """As `run_benchmark`, or 2 where the real text is absent."""
     if not TEXT.is_file():
         sys.stderr.write(f"needs the real text {TEXT}; set RAYLM_DATA to its folder\n")
         return 2
-    return run_benchmark(description, parts)
+    return run_benchmark(description, parts, readme=readme)

@@ -31,6 +31,7 @@ REPOSITORY = Path(__file__).parents[2]
 PEERS = Path(__file__).parent / "peers"
 REPEATS = 3
 _SAMPLES_PER_S = 10
+_BEGIN, _END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
 
 class BenchmarkError(Exception):
@@ -155,17 +156,25 @@ def mapped(results: list[Any] | BenchmarkError, value: Callable[[Any], float]) -
 
 
 def run_benchmark(
-    description: str, parts: Mapping[str, Callable[[float], list[Row]]], arguments: Sequence[str] | None = None
+    description: str,
+    parts: Mapping[str, Callable[[float], list[Row]]],
+    arguments: Sequence[str] | None = None,
+    readme: Path | None = None,
 ) -> int:
     """0 where every row holds, else 1, after printing the table and writing the JSON.
 
     :param parts: what can be measured, by name: functions of the scale that give rows.
+    :param readme: the file with a table that `--readme` renews.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
     parser.add_argument("--only", nargs="+", choices=parts, metavar="NAME", help=f"some of: {', '.join(parts)}")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the work, to try a change out")
+    if readme:
+        parser.add_argument("--readme", action="store_true", help=f"put the table into {readme.name}")
     asked = parser.parse_args(arguments)
+    if readme and asked.readme and not _is_marked(readme):
+        parser.error(f"{readme}: has no place for the table, between {_BEGIN} and {_END}")
     console = Console(width=None if sys.stdout.isatty() else 160)
     rows: list[Row] = []
     for name in asked.only or parts:
@@ -178,6 +187,8 @@ def run_benchmark(
         if asked.json:  # after each part: what was measured is not lost with what comes after
             asked.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     console.print(table(rows))
+    if readme and asked.readme:
+        renew_table(readme, rows)
     return 0 if all(row.holds for row in rows) else 1
 
 
@@ -191,6 +202,30 @@ def table(rows: Sequence[Row]) -> Table:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
         shown.add_row(row.name, f"{_number(row.value)} {row.unit}", peer, ratio, spread, row.goal or "", holds)
     return shown
+
+
+def renew_table(file: Path, rows: Sequence[Row]) -> None:
+    """Put the rows in the place of the table between the marks of a Markdown file."""
+    before, begin, rest = file.read_text().partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    file.write_text(f"{before}{begin}\n{markdown(rows)}\n{end}{after}")
+
+
+def _is_marked(file: Path) -> bool:
+    return _END in file.read_text().partition(_BEGIN)[2]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a table of Markdown."""
+    lines = ["| work | raylm | beside | ratio | spread |", "|---|---:|---|---:|---:|"]
+    for row in rows:
+        peer = "" if row.peer is None else f"{row.peer}: {_number(row.peer_value)}"
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        spread = "" if row.spread is None else f"{row.spread:.0%}"
+        missed = "" if row.holds else f" (goal: {row.goal})"
+        cells = (row.name, f"{_number(row.value)} {row.unit}".strip(), peer, f"{ratio}{missed}".strip(), spread)
+        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    return "\n".join(lines)
 
 
 def _number(value: float | None) -> str:

@@ -164,3 +164,34 @@ def test_a_script_beside_raylm_imports_the_raylm_that_is_measured(
     (tmp_path / "where.py").write_text("import json, raylm\nprint(json.dumps({'found': raylm.__file__}))\n")
     monkeypatch.setattr(measure, "PEERS", tmp_path)
     assert run_script(sys.executable, "where.py") == {"found": str(measure.REPOSITORY / "raylm" / "__init__.py")}
+
+
+def test_the_table_of_a_file_is_renewed_between_its_marks(tmp_path: Path) -> None:
+    file = tmp_path / "README.md"
+    file.write_text("above\n<!-- benchmarks -->\nold | one\n<!-- /benchmarks -->\nbelow\n")
+    parts = {
+        "good": lambda _: [beside("speed", [10, 30, 20], "MB/s", "peer|1", [5, 10, 20], Goal("ratio", ">=", 2))],
+        "bad": lambda _: [single("lost", [3.0], "rows", Goal("value", "<=", 0))],
+    }
+    assert run_benchmark("rooms", parts, ["--readme"], readme=file) == 1
+    assert file.read_text().splitlines() == [
+        "above",
+        "<!-- benchmarks -->",
+        "| work | raylm | beside | ratio | spread |",
+        "|---|---:|---|---:|---:|",
+        "| speed | 20 MB/s | peer/1: 10 | 2.00 | 100% |",
+        "| lost | 3 rows |  | (goal: value <= 0) |  |",
+        "<!-- /benchmarks -->",
+        "below",
+    ]
+    file.write_text("no marks")
+    with pytest.raises(SystemExit):
+        run_benchmark("rooms", parts, ["--readme"], readme=file)
+
+
+def test_all_rooms_are_measured_at_a_share_of_their_length() -> None:
+    from tests.benchmarks.__main__ import ROOMS, parts
+
+    found = parts()
+    assert set(found) == {f"{room}.{name}" for room, (_, shares) in ROOMS.items() for name in shares}
+    assert all(0 < share <= 1 for _, shares in ROOMS.values() for share in shares.values())

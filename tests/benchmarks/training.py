@@ -147,81 +147,82 @@ def measure_overhead(scale: float) -> list[Row]:
 # ------------------------------------------------------------------------------------------ beside Trainer
 
 
-def measure_finetuning(scale: float) -> list[Row]:
-    """The speed of fine-tuning on pairs, and how well the models translate after the same time."""
-    steps = max(round(300 * scale), 4 * _WARMUP)
+class _Finetuning:
+    """raylm and Seq2SeqTrainer on the same pairs, with the same model and the same number of pairs a step."""
+
+    def __init__(self, settings: Mapping[str, Any], steps: int) -> None:
+        self.settings, self._steps, self._names = settings, steps, names("speed")
+        self.ours()  # leaves the config and the tokenizer
+        self._model = str(run_of(settings, "speed-0") / "model")
+        self._pairs = _pairs_a_step(settings, self._model)
+
+    def ours(self) -> dict[str, float]:
+        values = {"validate_every": self._steps, "checkpoint_every": self._steps, "log_every": 20}
+        return trained(self.settings, "finetune", **_TRANSLATION, **values, steps=self._steps, name=next(self._names))
+
+    def theirs(
+        self, sampling: str = "group_by_length", steps: int | None = None, rate: float | None = None, **asked: Any
+    ) -> dict[str, Any]:
+        values = _TRANSLATION | ({"learning_rate": rate} if rate else {})
+        training = full_settings("finetune", **values, name="peer", steps=steps or self._steps)
+        return run_script(
+            sys.executable, "with_trainer.py", work="pairs", settings=training, model=self._model,
+            tokens=f"{self.settings['storage']}/tokens/default", cpus=CPUS, warmup=_WARMUP, batch_size=self._pairs,
+            sampling=sampling, **asked,
+        )  # fmt: skip
+
+
+@contextmanager
+def _finetuning(scale: float) -> Iterator[_Finetuning]:
     with prepared(translation_corpus(), evaluate={"rows_per_task": _HELD_OUT_ROWS}) as settings:
-        name = names("speed")
-
-        def ours() -> dict[str, float]:
-            values = {"steps": steps, "validate_every": steps, "checkpoint_every": steps, "log_every": 20}
-            return trained(settings, "finetune", **_TRANSLATION, **values, name=next(name))
-
-        ours()  # leaves the config and the tokenizer
-        model = run_of(settings, "speed-0") / "model"
-        pairs_a_step = _pairs_a_step(settings, str(model))
-
-        def trainer(sampling: str, steps: int, rate: float | None = None, **asked: Any) -> dict[str, Any]:
-            values = _TRANSLATION | ({"learning_rate": rate} if rate else {})
-            training = full_settings("finetune", **values, name="peer", steps=steps)
-            return run_script(
-                sys.executable, "with_trainer.py", work="pairs", settings=training, model=str(model),
-                tokens=f"{settings['storage']}/tokens/default", cpus=CPUS, warmup=_WARMUP, batch_size=pairs_a_step,
-                sampling=sampling, **asked,
-            )  # fmt: skip
-
-        by_length, by_default = partial(trainer, "group_by_length"), partial(trainer, "random")
-        found = interleaved({"raylm": ours, "sorted": partial(by_length, steps), "default": partial(by_default, steps)})
-        runs = succeeded(found["raylm"])
-        rows = [
-            beside(
-                "fine-tuning en-de, real tokens",
-                [run["real_tokens_per_s"] for run in runs],
-                "tokens/s",
-                f"Seq2SeqTrainer, {peer}",
-                mapped(found[key], lambda result: float(result["tokens_per_s"])),
-                Goal("ratio", ">=", bound),
-            )
-            for key, peer, bound in (("sorted", "group_by_length", 1.6), ("default", "its default sampler", 3.0))
-        ]
-        ours_s = statistics.median(run["step_s"] for run in runs)
-        peer_s = statistics.median(run["step_s"] for run in succeeded(found["sorted"]))
-        rows += _translation(settings, scale, ours_s, peer_s, by_length)
-    return rows
+        yield _Finetuning(settings, max(round(300 * scale), 4 * _WARMUP))
 
 
-def _translation(
-    settings: Mapping[str, Any],
-    scale: float,
-    ours_s: float,
-    peer_s: float,
-    trainer: Callable[..., dict[str, Any]],
-) -> list[Row]:
-    """How well the models translate after the same time, each trained at the best of some learning rates.
+def measure_finetuning(scale: float) -> list[Row]:
+    """The speed of fine-tuning on pairs."""
+    with _finetuning(scale) as pairs:
+        found = interleaved({"raylm": pairs.ours, "sorted": pairs.theirs, "default": partial(pairs.theirs, "random")})
+    return [
+        beside(
+            "fine-tuning en-de, real tokens",
+            [run["real_tokens_per_s"] for run in succeeded(found["raylm"])],
+            "tokens/s",
+            f"Seq2SeqTrainer, {peer}",
+            mapped(found[key], lambda result: float(result["tokens_per_s"])),
+            Goal("ratio", ">=", bound),
+        )
+        for key, peer, bound in (("sorted", "group_by_length", 1.6), ("default", "its default sampler", 3.0))
+    ]
 
-    :param ours_s: of a step of raylm; `peer_s` of Trainer. How many there are is to be known, for the learning rate.
-    """
-    trial_steps = round(_TRIAL_STEPS * scale)
 
-    def trained_at(rate: float, steps: int, name: str) -> dict[str, Any]:
-        values = _TRANSLATION | {"learning_rate": rate, "name": name, "steps": steps}
-        raylm("finetune", settings, **values, log_every=100, validate_every=1_000, checkpoint_every=1_000)
-        return values
+def measure_translation(scale: float) -> list[Row]:
+    """How well models translate after the same time, each trained at the best of some learning rates."""
+    with _finetuning(scale) as pairs:
+        settings = pairs.settings
+        # How many steps there are is to be known before, for the learning rate.
+        found = interleaved({"raylm": pairs.ours, "sorted": pairs.theirs})
+        ours_s, peer_s = (statistics.median(run["step_s"] for run in succeeded(found[key])) for key in found)
+        trial_steps = round(_TRIAL_STEPS * scale)
 
-    def scored(values: Mapping[str, Any]) -> dict[str, float]:
-        return dict(raylm("evaluate", {**settings, "finetune": values})["metrics"]["translate-de"])
+        def trained_at(rate: float, steps: int, name: str) -> dict[str, Any]:
+            values = _TRANSLATION | {"learning_rate": rate, "name": name, "steps": steps}
+            raylm("finetune", settings, **values, log_every=100, validate_every=1_000, checkpoint_every=1_000)
+            return values
 
-    def best(trial: Callable[[float], float]) -> float:
-        found = {rate: trial(rate) for rate in _RATES}
-        return max(found, key=found.__getitem__)
+        def scored(values: Mapping[str, Any]) -> dict[str, float]:
+            return dict(raylm("evaluate", {**settings, "finetune": values})["metrics"]["translate-de"])
 
-    our_rate = best(lambda rate: scored(trained_at(rate, trial_steps, f"trial-{rate:g}"))["chrf"])
-    their_rate = best(lambda rate: float(trainer(trial_steps, rate=rate, rows=_HELD_OUT_ROWS)["chrf"]))
-    start = time.perf_counter()
-    values = trained_at(our_rate, round(60 * _MINUTES * scale / ours_s), "translation")
-    took = time.perf_counter() - start  # Ray's start and all checkpoints included
-    ours = scored(values)
-    theirs = trainer(round(took / peer_s), rate=their_rate, rows=_HELD_OUT_ROWS, seconds=took)
+        def best(trial: Callable[[float], float]) -> float:
+            tried = {rate: trial(rate) for rate in _RATES}
+            return max(tried, key=tried.__getitem__)
+
+        our_rate = best(lambda rate: scored(trained_at(rate, trial_steps, f"trial-{rate:g}"))["chrf"])
+        their_rate = best(lambda rate: float(pairs.theirs(steps=trial_steps, rate=rate, rows=_HELD_OUT_ROWS)["chrf"]))
+        start = time.perf_counter()
+        values = trained_at(our_rate, round(60 * _MINUTES * scale / ours_s), "translation")
+        took = time.perf_counter() - start  # Ray's start and all checkpoints included
+        ours = scored(values)
+        theirs = pairs.theirs(steps=round(took / peer_s), rate=their_rate, rows=_HELD_OUT_ROWS, seconds=took)
     peer = f"Seq2SeqTrainer, group_by_length, learning rate {their_rate:g}"
     what = f"of {_HELD_OUT_ROWS} held-out sentences after {took / 60:.1f} minutes, learning rate {our_rate:g}"
     return [
@@ -404,6 +405,7 @@ PARTS = {
     "overhead": measure_overhead,
     "pretraining": measure_pretraining,
     "finetuning": measure_finetuning,
+    "translation": measure_translation,
     "endurance": measure_endurance,
     "widths": measure_widths,
     "faults": measure_faults,

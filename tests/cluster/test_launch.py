@@ -71,6 +71,8 @@ def test_a_cluster_ends_when_its_command_is_stopped(unlaunched: Cluster) -> None
     assert process.returncode == 130, seen + rest
     assert unlaunched.processes() == []
     assert unlaunched.provider.non_terminated_nodes({}) == []
+    [log] = (unlaunched.storage / "jobs").iterdir()
+    assert log.name.startswith("job-stopped-") and "at work\n" in log.read_text()
 
 
 def test_a_file_with_errors_is_not_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
