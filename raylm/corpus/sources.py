@@ -6,8 +6,9 @@ however they are cut, and what comes after puts records in order by a hash of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from raylm.corpus import cldr, docstrings, readers, tables
 from raylm.corpus.markup import check_markup
 from raylm.corpus.readers import check_column
 from raylm.corpus.tables import opened_parquet
-from raylm.errors import ArtifactError, InputError, first_line
+from raylm.errors import ArtifactError, InputError, OutputError, first_line
 from raylm.settings import (
     CldrSource,
     CorpusSettings,
@@ -29,7 +30,7 @@ from raylm.settings import (
     FileSource,
     PairFileSource,
 )
-from raylm.storage import StoragePath, find_files
+from raylm.storage import StoragePath, cache_directory, find_files, fingerprint
 from raylm.tasks import CLASSIFY
 
 STREAM_UNIT_BYTES = _MIN_UNIT_BYTES = 8 << 20
@@ -254,22 +255,40 @@ def _pieces(found: FoundFile, source: FileSource | PairFileSource, unit_bytes: i
         with tables.opened_arrow(file) as reader:
             _check_text_columns(file, reader.schema, source)
     if source.type == "csv":
+        header = readers.csv_header(file)
         for column in _columns(source):
-            check_column(file, readers.csv_header(file), column)
+            check_column(file, header, column)
     packed = readers.is_compressed(file) or (found.target is not None and readers.is_compressed(found.target.place))
     if packed or size <= unit_bytes:
         held = size * _TEXT_PER_COMPRESSED_BYTE if packed else size
         whole = {"start": 0, "stop": readers.END, "bytes": held}
         yield whole | ({"target_start": 0, "target_stop": readers.END} if found.target else {})
     elif found.target is not None:
-        for part in readers.aligned_ranges(file, found.target.place, unit_bytes):
-            yield asdict(part) | {"bytes": min(part.stop, size) - part.start}
+        target = found.target.place
+        ranges = _scanned(
+            found, unit_bytes, lambda: [asdict(p) for p in readers.aligned_ranges(file, target, unit_bytes)]
+        )
+        for part in ranges:
+            yield part | {"bytes": min(part["stop"], size) - part["start"]}
     elif source.type in ("jsonl", "text", "csv"):
-        starts = readers.csv_cuts(file, unit_bytes) if source.type == "csv" else list(range(0, size, unit_bytes))
+        starts = list(range(0, size, unit_bytes))
+        if source.type == "csv":
+            starts = _scanned(found, unit_bytes, lambda: readers.csv_cuts(file, unit_bytes))
         for start, stop in zip(starts, [*starts[1:], size], strict=True):
             yield {"start": start, "stop": stop, "bytes": stop - start}
     else:
         yield {"start": 0, "stop": readers.END, "bytes": size}
+
+
+def _scanned(found: FoundFile, unit_bytes: int, scan: Callable[[], list[Any]]) -> list[Any]:
+    """Where a file is cut, for which all of it has to be read; known from before where it was read already."""
+    place = StoragePath(str(cache_directory() / "cuts" / f"{fingerprint([found.identity, unit_bytes])}.json"))
+    if place.is_file():
+        return list(place.read_json())
+    cuts = scan()
+    with suppress(OutputError):  # then it is read again the next time
+        place.write_json(cuts)
+    return cuts
 
 
 def _row_ranges(file: StoragePath, source: FileSource | PairFileSource, unit_bytes: int) -> Iterator[Piece]:

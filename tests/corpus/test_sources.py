@@ -378,3 +378,26 @@ def test_unknown_packages_and_languages_are_named() -> None:
         plan_units(corpus(documents=[{"type": "docstrings", "packages": ["no_such_package"]}]))
     with pytest.raises(InputError, match=r"corpus.pairs\[0\].to: "):
         plan_units(corpus(pairs=[{"type": "cldr", "to": "germn"}]))
+
+
+def test_a_file_is_scanned_for_its_cuts_once(
+    tmp_path: Path, small_units: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And again when it has changed."""
+    (tmp_path / "a.csv").write_text("text\n" + "".join(f"line {number} of many\n" for number in range(100)))
+    scanned: list[str] = []
+    cuts = sources.readers.csv_cuts
+
+    def counted(file: StoragePath, unit_bytes: int) -> list[int]:
+        scanned.append(file.name)
+        return cuts(file, unit_bytes)
+
+    monkeypatch.setattr(sources.readers, "csv_cuts", counted)
+    settings = documents(type="csv", path=str(tmp_path / "a.csv"))
+    first = plan_units(settings)
+    assert plan_units(settings) == first and len(first) > 3
+    assert scanned == ["a.csv"]
+    with (tmp_path / "a.csv").open("a") as file:
+        file.write("one more\n")
+    assert len(texts(settings)) == 101
+    assert scanned == ["a.csv"] * 2
