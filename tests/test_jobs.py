@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from raylm.cli import main
+from raylm.settings import load
 from tests.conftest import REPOSITORY
 
 JOBS = sorted((REPOSITORY / "jobs").glob("*.py"))
@@ -31,3 +32,14 @@ def test_every_stage_has_its_job() -> None:
         "prepare", "pretrain", "finetune", "evaluate", "export", "serve", "nightly", "collect_logs",
         "batch_translate", "batch_summarize", "batch_generate", "batch_classify", "batch_answer",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", sorted((REPOSITORY / "jobs" / "recipes").glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_recipe_is_settings_to_lay_over_others(recipe: Path) -> None:
+    """Its names are its own, so that several share a storage; its head shows the command."""
+    found = load(overlays=[recipe])
+    assert {found.corpus.name, found.model.name} == {recipe.stem}
+    assert found.pretrain.name.startswith(recipe.stem)
+    assert not found.corpus.pairs or found.finetune.name.startswith(recipe.stem)
+    assert f"raylm quickstart --with jobs/recipes/{recipe.name} --out {recipe.stem}" in recipe.read_text()
+    assert all(source.path.startswith("data/") for source in (*found.corpus.documents, *found.corpus.pairs))  # type: ignore[union-attr]
