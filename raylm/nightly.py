@@ -196,7 +196,7 @@ def _service(settings: Settings, connect: Callable[[], object]) -> Iterator[None
         raise SettingsError(
             f"nightly.through is serve, and nightly.jobs are of {len(models)} models: a service hosts one; use actors"
         )
-    start_service(settings.serve, models.pop())
+    start_service(settings.serve, models.pop(), topology=settings.topology)
     try:
         yield
     finally:

@@ -152,10 +152,10 @@ def serve(
     wanted = settings_module.with_options(settings, "serve", options).serve
     model = model or settings_module.model_directory(settings)
     if config:
-        click.echo(deploy_file(wanted, model), nl=False)
+        click.echo(deploy_file(wanted, model, settings.topology), nl=False)
         return
     with ray_session(join=update):
-        url = start_service(wanted, model, is_update=update)
+        url = start_service(wanted, model, is_update=update, topology=settings.topology)
         if update:
             click.echo(f"raylm answers at {url} with {model}")
             return

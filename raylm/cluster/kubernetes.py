@@ -54,7 +54,7 @@ def ray_service(cluster: ClusterFile, settings: Settings) -> list[Resource]:
     from raylm.inference.service.start import application
 
     served = settings.serve.model_copy(update={"host": "0.0.0.0", "port": _SERVE_PORT})
-    config = {"applications": [application(served, model_directory(settings))]}
+    config = {"applications": [application(served, model_directory(settings), settings.topology)]}
     spec = {
         "serveConfigV2": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         "rayClusterConfig": cluster_spec(cluster),

@@ -142,6 +142,7 @@ def test_nights_come_when_the_settings_say() -> None:
 def test_a_service_hosts_the_model_of_the_settings() -> None:
     _, service = rendered("rayservice")
     [application] = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    assert application["args"]["gpus"] is True
     assert application["args"]["model"] == "gs://my-bucket/raylm/models/default"
     assert application["import_path"] == "raylm.inference.service.start:build"
     assert application["args"]["serve"]["host"] == "0.0.0.0"

@@ -23,8 +23,8 @@ import yaml
 from raylm.errors import RaylmError
 from raylm.inference.batch import run_batch
 from raylm.inference.service.keys import add_key
-from raylm.inference.service.start import deploy_file, is_running, start_service, stop_service
-from raylm.settings import ServeSettings, Settings
+from raylm.inference.service.start import build, deploy_file, is_running, start_service, stop_service
+from raylm.settings import ServeSettings, Settings, Topology
 from raylm.storage import StoragePath
 from raylm.tasks import TRANSLATE
 from tests.browser import live_page
@@ -232,6 +232,16 @@ def test_the_file_for_serve_deploy_is_one(model_directory: Path, ray_cluster: No
     module, _, name = application.import_path.partition(":")
     build = getattr(sys.modules[module], name)
     assert isinstance(call_user_app_builder_with_args_if_necessary(build, application.args), serve.Application)
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_replicas_wait_for_gpus_that_are_not_up_yet(model_directory: Path, ray_cluster: None, gpus: int) -> None:
+    """On a cluster whose machines come when they are asked for."""
+    topology = Topology("head", ({"CPU": 2}, {"CPU": 8, "GPU": gpus}))
+    [application] = yaml.safe_load(deploy_file(settings(), str(model_directory), topology))["applications"]
+    assert application["args"]["gpus"] is bool(gpus)
+    replicas = build(application["args"])._bound_deployment.init_args[1]._bound_deployment
+    assert replicas.ray_actor_options["num_gpus"] == (1 if gpus else 0)
 
 
 def test_a_lone_row_that_kills_is_an_error(tmp_path: Path, model_directory: Path, sentences: list[str]) -> None:

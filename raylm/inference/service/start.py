@@ -14,6 +14,7 @@ import ray
 import yaml
 from ray import serve
 
+from raylm.capacity import machines
 from raylm.errors import RaylmError
 from raylm.inference.engines import check_engine
 from raylm.inference.engines.text import Device
@@ -25,7 +26,7 @@ from raylm.inference.service.keys import read_keys
 from raylm.inference.service.replicas import APPLICATION, MODEL, fewest_and_most, needed
 from raylm.inference.service.routes import Card
 from raylm.progress import hushed, note
-from raylm.settings import Section, ServeSettings
+from raylm.settings import Section, ServeSettings, Topology
 from raylm.storage import StoragePath
 
 _BULK_REQUESTS = 32
@@ -42,10 +43,13 @@ class Deployed(Section):
 
     model: str
     serve: ServeSettings
+    gpus: bool = False
+    """Whether replicas compute on GPUs that are not up yet, as their machines come when they are asked for; on those
+    that are up they do in any case."""
 
 
 def build(deployed: Deployed | dict[str, Any]) -> serve.Application:
-    """The application that hosts a model, on GPUs where the connected cluster has any.
+    """The application that hosts a model, on GPUs where the connected cluster has any, or will have.
 
     :param deployed: also as plain data, as `serve deploy` hands it over.
     :raises ArtifactError: the model is none that can be served.
@@ -56,7 +60,8 @@ def build(deployed: Deployed | dict[str, Any]) -> serve.Application:
     info = ModelInfo.load(model)
     if settings.keys:
         read_keys(StoragePath(settings.keys))
-    device: Device = "cuda" if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
+    are_up = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
+    device: Device = "cuda" if deployed.gpus or are_up else "cpu"
     check_engine(info, settings.decode, device)
     card = Card(info.name, info.fingerprint, info.tasks, info.languages, int(time.time()))
     host: Any = serve.deployment(ModelHost)
@@ -104,38 +109,46 @@ def _replicas(settings: ServeSettings) -> dict[str, Any]:
     }
 
 
-def deploy_file(settings: ServeSettings, model: str) -> str:
+def deploy_file(settings: ServeSettings, model: str, topology: Topology | None = None) -> str:
     """The YAML for `serve deploy`, which starts the service or gives a running one another model or settings.
 
+    :param topology: the machines that the cluster may have.
     :raises ArtifactError: the model is none that can be served.
     """
     model = absolute(model)
     ModelInfo.load(model)
     listening = {"proxy_location": "EveryNode", "http_options": {"host": settings.host, "port": settings.port}}
-    values = {**listening, "applications": [application(settings, model)]}
+    values = {**listening, "applications": [application(settings, model, topology)]}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def application(settings: ServeSettings, model: str) -> dict[str, Any]:
+def application(settings: ServeSettings, model: str, topology: Topology | None = None) -> dict[str, Any]:
     """What a config of Ray Serve says of the service; nothing is looked at."""
     return {
         "name": APPLICATION,
         "route_prefix": "/",
         "import_path": f"{__name__}:{build.__name__}",
-        "args": {"model": model, "serve": _anywhere(settings).model_dump(mode="json")},
+        "args": {
+            "model": model,
+            "serve": _anywhere(settings).model_dump(mode="json"),
+            "gpus": topology is not None and any(machine.get("GPU") for machine in topology.machines),
+        },
     }
 
 
-def start_service(settings: ServeSettings, model: str, is_update: bool = False) -> str:
+def start_service(
+    settings: ServeSettings, model: str, is_update: bool = False, topology: Topology | None = None
+) -> str:
     """The URL of the service, up and ready on the connected cluster. The caller waits, and stops it.
 
     :param is_update: the service runs there already, and is given this model and these settings replica by replica, so
         that no request is lost.
+    :param topology: the machines that the cluster may have, where it is one of a cluster file.
     :raises RaylmError: the port is taken, no replica comes up, the service runs already, or does not for an update.
     :raises ArtifactError: the model is none that can be served.
     """
     host, port = settings.host, settings.port
-    deployed = build(Deployed(model=model, serve=settings))
+    deployed = build(Deployed(model=model, serve=settings, gpus=sum(machines("GPU", topology)) > 0))
     with _quiet_serve():
         if is_running() != is_update:
             raise RaylmError(
