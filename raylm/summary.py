@@ -28,6 +28,13 @@ SCORES = {
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
 }
+_SAMPLES = {
+    "batch-translate": "translations",
+    "batch-summarize": "summaries",
+    "batch-classify": "labels",
+    "batch-generate": "texts that go on",
+    "batch-answer": "answers",
+}
 _MINOR_SCORES = ("ROUGE-1", "ROUGE-2")
 _MOST_FACTS = 12
 _MOST_REASONS = 5
@@ -66,7 +73,7 @@ def quickstart_summary(manifests: list[Manifest], page: StoragePath) -> str:
     lines = stage_table(rows)
     for manifest in manifests:
         if manifest.stage.startswith("batch-") and manifest.samples:
-            lines.append(Text(manifest.stage, style="bold"))
+            lines.append(Text(_SAMPLES[manifest.stage], style="bold"))
             lines += [_sample_line(sample["source"], sample["output"]) for sample in manifest.samples[:3]]
             lines.append(Text())
     return rendered([*lines, Text(f"everything is below {storage}"), Text(f"page: {page}")])
