@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, timedelta
+from functools import cache
 from typing import Any, Literal
 from zoneinfo import ZoneInfo
 
@@ -80,23 +81,22 @@ def run_night(settings: Settings, now: datetime, connect: Callable[[], object] =
         left = [
             (day, job) for day in due(nightly, now, records) for job in nightly.jobs if not _is_done(records, day, job)
         ]
-        absent = {(day, job.name): reason for day, job in left if (reason := _missing(day, job))}
-        refused = None
         done = []
         with ExitStack() as service:
-            if nightly.through == "serve" and len(absent) < len(left):
+
+            @cache
+            def refusal() -> str | None:
+                """Why there is no service for the night, which is started when it is first asked for."""
                 try:
                     service.enter_context(_service(settings, connect))
                 except RaylmError as error:
-                    refused = str(error)
+                    return str(error)
+                return None
+
             for day, job in left:
-                record = _Recording(day, job)
-                if (day, job.name) in absent:
-                    ended = record("missing", absent[day, job.name])
-                else:
-                    ended = record("failed", refused) if refused else _run(settings, day, job, record, connect)
-                (records / day.isoformat() / f"{job.name}.json").write_json(asdict(ended))
-                done.append(ended)
+                record = _run(settings, day, job, connect, refusal if nightly.through == "serve" else lambda: None)
+                (records / day.isoformat() / f"{job.name}.json").write_json(asdict(record))
+                done.append(record)
     summary = Summary(tuple(done))
     if nightly.webhook and done:
         _tell(nightly.webhook, summary)
@@ -124,50 +124,46 @@ def _is_done(records: StoragePath, day: date, job: NightlyJob) -> bool:
     return record.is_file() and record.read_json()["status"] == "done"
 
 
-class _Recording:
-    """Makes the record of a job of a date when it has ended."""
+def _run(
+    settings: Settings,
+    day: date,
+    job: NightlyJob,
+    connect: Callable[[], object],
+    refusal: Callable[[], str | None],
+) -> Record:
+    """A job of a date, whatever becomes of it.
 
-    def __init__(self, day: date, job: NightlyJob) -> None:
-        self._day, self._job, self._watch = day, job, Stopwatch()
-
-    def __call__(self, status: Status, reason: str | None = None, **counts: Any) -> Record:
-        ended_at = datetime.now(UTC).isoformat(timespec="seconds")
-        seconds = round(self._watch.elapsed_s, 1)
-        return Record(
-            self._day.isoformat(), self._job.name, status, reason, **counts, seconds=seconds, ended_at=ended_at
-        )
-
-
-def _missing(day: date, job: NightlyJob) -> str | None:
-    """Why there is no input of a job for a date, or None where there is; what else is wrong with it is found later."""
-    try:
-        list_inputs(_on(day, job.input))
-    except NothingThereError as error:
-        return first_line(error)
-    except (RaylmError, OSError):
-        return None
-    return None
-
-
-def _on(day: date, pattern: str) -> str:
-    return pattern.replace("{date}", day.isoformat())
-
-
-def _run(settings: Settings, day: date, job: NightlyJob, record: _Recording, connect: Callable[[], object]) -> Record:
-    """A job of a date, whatever becomes of it."""
+    :param refusal: why nobody can answer it, if so; asked only where there is input.
+    """
     from raylm.inference.batch import run_batch
 
+    watch = Stopwatch()
+
+    def record(status: Status, reason: str | None = None, **counts: Any) -> Record:
+        ended_at = datetime.now(UTC).isoformat(timespec="seconds")
+        seconds = round(watch.elapsed_s, 1)
+        return Record(day.isoformat(), job.name, status, reason, **counts, seconds=seconds, ended_at=ended_at)
+
+    source, target = (pattern.replace("{date}", day.isoformat()) for pattern in (job.input, job.output))
+    try:
+        list_inputs(source)
+    except NothingThereError as error:
+        return record("missing", first_line(error))
+    except (RaylmError, OSError) as error:
+        return record("failed", str(error))
+    if refused := refusal():
+        return record("failed", refused)
     try:
         options = {"prompt": job.prompt, "max_errors": job.max_errors}
         manifest = run_batch(
             with_options(settings, "batch", {key: value for key, value in options.items() if value is not None}),
             TASKS[job.task],
-            _on(day, job.input),
+            source,
             model=job.model,
             columns=job.columns,
             source_language=job.source_language,
             to=job.to,
-            output=_on(day, job.output),
+            output=target,
             through=settings.nightly.through,
             connect=connect,
         )

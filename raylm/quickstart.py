@@ -23,7 +23,7 @@ from raylm.report import write_report
 from raylm.settings import Settings, model_directory
 from raylm.storage import Manifest, StoragePath
 from raylm.summary import quickstart_summary
-from raylm.tasks import GENERATE, TASKS, Task, parted
+from raylm.tasks import GENERATE, TASKS, Task
 from raylm.training.batches import Shards, TokenLists
 from raylm.training.evaluate import evaluate
 from raylm.training.export import export
@@ -81,7 +81,7 @@ def held_out(settings: Settings, task: Task) -> list[tuple[str | None, pa.Table]
     for language in sorted(set(table["to"].to_pylist()), key=str):
         same = pc.is_null(table["to"]) if language is None else pc.equal(table["to"], language)
         rows = table.filter(same).slice(0, _BATCH_ROWS)
-        fields = zip(*(parted(task, source) for source in rows["source"].to_pylist()), strict=True)
+        fields = zip(*(task.parted(source) for source in rows["source"].to_pylist()), strict=True)
         columns = dict(zip(task.fields, map(pa.array, fields), strict=True))
         found.append((language, pa.table({"id": range(len(rows)), **columns, "reference": rows["target"]})))
     return found

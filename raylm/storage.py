@@ -214,16 +214,25 @@ class StoragePath:
 
     def upload(self, local_file: Path) -> None:
         """Publish a local file here."""
+        if not self.is_local:  # which is whole already
+            try:
+                self.filesystem.create_dir(self.parent.path, recursive=True)
+                self._send(local_file)
+            except OSError as error:
+                raise OutputError(f"cannot write {self}: {_reason(error)}") from error
+            return
         with local_file.open("rb") as source, self.writing() as sink:
-            while block := source.read(_COPY_BYTES):
-                sink.write(block)
+            shutil.copyfileobj(source, sink, _COPY_BYTES)
+
+    def _send(self, local_file: Path) -> None:
+        with local_file.open("rb") as source, self.filesystem.open_output_stream(self.path) as sink:
+            shutil.copyfileobj(source, sink, _COPY_BYTES)
 
     def download(self, local_file: Path) -> None:
         """Copy this file to a local one, making its directory."""
         local_file.parent.mkdir(parents=True, exist_ok=True)
         with self.filesystem.open_input_stream(self.path) as source, local_file.open("wb") as sink:
-            while block := source.read(_COPY_BYTES):
-                sink.write(block)
+            shutil.copyfileobj(source, sink, _COPY_BYTES)
 
     def upload_files(self, local: Path) -> None:
         """Publish the files of a local directory here, `config.json` last: what finds it finds a whole model."""
@@ -307,13 +316,8 @@ class AtomicWriter:
     def _publish(self) -> None:
         if self._target.is_local:
             self._written_to.move_to(self._target)
-            return
-        with (
-            self._written_to.local().open("rb") as source,
-            self._target.filesystem.open_output_stream(self._target.path) as sink,
-        ):
-            while block := source.read(_COPY_BYTES):
-                sink.write(block)
+        else:
+            self._target._send(self._written_to.local())
 
 
 def persistently(place: StoragePath, action: Callable[[], T]) -> T:

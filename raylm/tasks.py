@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from string import Formatter
 
 SUMMARY_TOKEN, ANSWER_TOKEN = ">>summary<<", ">>answer<<"
 
@@ -39,6 +40,12 @@ class Task:
         """What it reads of a row as one text."""
         return self.template.format_map(dict(zip(self.fields, fields, strict=True))) if self.template else fields[0]
 
+    def parted(self, source: str) -> tuple[str, ...]:
+        """What it read of a row, of the one text that `text` made of it."""
+        words = (re.escape(literal) for literal, *_ in Formatter().parse(self.template or ""))
+        match = re.fullmatch("".join(f"{one}(.*?)" for one in words), source, re.DOTALL)
+        return match.groups() if match and self.template else (source,) * len(self.fields)
+
     def prompt_token(self, to: str | None = None) -> str | None:
         """The task token that stands before the text, for models that raylm makes; None where nothing does.
 
@@ -71,15 +78,6 @@ ANSWER = Task(
     token=ANSWER_TOKEN,
     template="question: {question} context: {context}",  # as T5 has learned it (Raffel et al. 2020, appendix D.15)
 )
-
-_PARTS = re.compile("question: (.*?) context: (.*)", re.DOTALL)
-
-
-def parted(task: Task, source: str) -> tuple[str, ...]:
-    """What a task read of a row, of the one text that its template made of it."""
-    match = _PARTS.fullmatch(source) if task == ANSWER else None
-    return match.groups() if match else (source,) * len(task.fields)
-
 
 TASKS = {task.name: task for task in (TRANSLATE, SUMMARIZE, CLASSIFY, GENERATE, ANSWER)}
 LEARNED = {task.name: task for task in (TRANSLATE, SUMMARIZE, ANSWER, CLASSIFY)}

@@ -18,7 +18,15 @@ import pyarrow as pa
 from raylm.errors import InputError
 from raylm.inference import watchdog
 from raylm.inference.answers import Answer, Output, Row, answer_each
-from raylm.inference.io import InputFile, InputTable, check_same_columns, choose_columns, open_table, read_fields
+from raylm.inference.io import (
+    FieldRows,
+    InputFile,
+    InputTable,
+    check_same_columns,
+    choose_columns,
+    open_table,
+    read_fields,
+)
 from raylm.inference.prompts import Prompt
 from raylm.inference.quality import flags
 from raylm.inference.quarantine import Tries, answer_one_by_one
@@ -164,6 +172,16 @@ def result_schema(task: Task, with_scores: bool) -> pa.Schema:
     return pa.schema(columns)
 
 
+def read_chunk(job: Job, chunk: Chunk) -> FieldRows:
+    """What a chunk's rows say in the columns that the prompt reads.
+
+    :raises InputError: the input became unreadable.
+    """
+    table, columns = job.tables[chunk.file], job.columns[chunk.file]
+    is_worded = job.prompt.template is not None
+    return persistently(table.file.place, lambda: read_fields(table, columns, chunk.start, chunk.stop, is_worded))
+
+
 def answer_chunk(job: Job, chunk: Chunk, answer: Answer, tries: Tries | None = None) -> dict[str, Any]:
     """Answer a chunk's rows and publish its part; gives back its counts.
 
@@ -171,9 +189,7 @@ def answer_chunk(job: Job, chunk: Chunk, answer: Answer, tries: Tries | None = N
     :raises InputError: the input became unreadable.
     :raises OutputError: the part cannot be written.
     """
-    table, columns = job.tables[chunk.file], job.columns[chunk.file]
-    is_worded = job.prompt.template is not None
-    rows = persistently(table.file.place, lambda: read_fields(table, columns, chunk.start, chunk.stop, is_worded))
+    rows = read_chunk(job, chunk)
     note = job.tries(chunk)
     with watchdog.watching(job.row_limit_s, Tries.mark(note)) if tries else nullcontext():
         if tries and tries.is_careful:
@@ -198,7 +214,7 @@ def answer_chunk(job: Job, chunk: Chunk, answer: Answer, tries: Tries | None = N
     batch = pa.record_batch([pa.array(values[field.name], field.type) for field in schema], schema)
     persistently(job.part(chunk), lambda: _publish(batch, job.part(chunk)))
     failed = [(number, output.error) for number, output in enumerate(outputs) if output.error is not None]
-    first = f"{table.file.place}, row {chunk.start + failed[0][0]}: {failed[0][1]}" if failed else ""
+    first = f"{job.tables[chunk.file].file.place}, row {chunk.start + failed[0][0]}: {failed[0][1]}" if failed else ""
     return {
         "rows": len(outputs),
         "errors": len(failed),

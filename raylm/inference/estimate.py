@@ -6,10 +6,10 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 
-from raylm.inference.answers import Row, answer_rows
-from raylm.inference.chunks import Chunk, Job, plan_job
+from raylm.inference.answers import answer_rows
+from raylm.inference.chunks import Chunk, Job, plan_job, read_chunk
 from raylm.inference.engines import load_engine
-from raylm.inference.io import InputFile, read_fields
+from raylm.inference.io import InputFile
 from raylm.inference.model import ModelInfo
 from raylm.inference.prompts import Prompt
 from raylm.settings import BatchSettings
@@ -34,7 +34,7 @@ def estimate(
     with tempfile.TemporaryDirectory(prefix="raylm-") as directory:
         work = StoragePath(directory)
         job = plan_job(files, prompt, columns, limit, settings, work, "estimate")
-        rows = [row for chunk in _sample(job) for row in _rows(job, chunk)]
+        rows = [row for chunk in _sample(job) for row in read_chunk(job, chunk).values]
     watch = Stopwatch()
     engine = load_engine(model, settings.decode)
     load_s = watch.elapsed_s
@@ -84,11 +84,6 @@ def _sample(job: Job) -> list[Chunk]:
     step = max(len(job.chunks) / _PLACES, 1.0)
     picked = [job.chunks[int(place * step)] for place in range(_PLACES) if int(place * step) < len(job.chunks)]
     return [Chunk(chunk.file, chunk.start, min(chunk.start + _ROWS_AT_A_PLACE, chunk.stop)) for chunk in picked]
-
-
-def _rows(job: Job, chunk: Chunk) -> list[Row]:
-    table, columns = job.tables[chunk.file], job.columns[chunk.file]
-    return read_fields(table, columns, chunk.start, chunk.stop, job.prompt.template is not None).values
 
 
 def _workers(settings: BatchSettings, chunks: int) -> int:

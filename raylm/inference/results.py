@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raylm.inference.chunks import Chunk, Job, read_part
-from raylm.inference.io import InputFile, format_of, read_fields
+from raylm.inference.chunks import Chunk, Job, read_chunk, read_part
+from raylm.inference.io import InputFile, format_of
 from raylm.inference.output import write_output
 from raylm.storage import MANIFEST, Manifest, StoragePath
 
@@ -88,7 +88,7 @@ def _answers(job: Job, chunks: list[Chunk], tally: _Tally) -> Iterator[pa.Record
 def _samples(job: Job) -> list[dict[str, Any]]:
     """The first rows that have an answer, for a person to look at."""
     for chunk in job.chunks[:1]:
-        rows = read_fields(job.tables[chunk.file], job.columns[chunk.file], chunk.start, chunk.stop)
+        rows = read_chunk(job, chunk)
         answers = read_part(job, chunk)[job.task.column].to_pylist()
         pairs = zip(rows.values, answers, strict=True)
         shown = [{"source": row[0], "output": answer} for row, answer in pairs if answer is not None]

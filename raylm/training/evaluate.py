@@ -10,7 +10,7 @@ from raylm.progress import Progress
 from raylm.sentences import split_text
 from raylm.settings import Settings
 from raylm.storage import PREDICTIONS, Manifest, Stopwatch, StoragePath
-from raylm.tasks import ANSWER, CLASSIFY, SUMMARIZE, TASKS, parted
+from raylm.tasks import ANSWER, CLASSIFY, SUMMARIZE, TASKS
 from raylm.training import checkpoint as checkpoints
 from raylm.training.generation import HeldOut, answers, read_held_out
 from raylm.training.labels import check_labels, label_counts
@@ -118,7 +118,7 @@ def nearest_sentence(text: str) -> str:
 
     :param text: both, as `raylm.tasks.ANSWER` puts them.
     """
-    question, context = parted(ANSWER, text)
+    question, context = ANSWER.parted(text)
     asked = set(metrics.words(question))
     sentences = split_text(context).sentences or (context,)
     return max(sentences, key=lambda sentence: len(asked.intersection(metrics.words(sentence))))

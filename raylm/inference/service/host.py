@@ -137,10 +137,12 @@ class ModelHost:
             yield request
             return
         rows: list[Row] = []
+        characters = 0
         for row in request.rows:
-            if rows and _characters([*rows, row]) > _CHARACTERS_OF_A_PART * self._batch_tokens:
+            characters += _characters([row])
+            if rows and characters > _CHARACTERS_OF_A_PART * self._batch_tokens:
                 yield replace(request, rows=tuple(rows), tokens=self._size(rows))
-                rows = []
+                rows, characters = [], _characters([row])
             rows.append(row)
         yield replace(request, rows=tuple(rows), tokens=self._size(rows))
 
