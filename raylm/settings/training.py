@@ -90,8 +90,6 @@ class TrainingSettings(Section):
     """Compute activations again in the backward pass instead of keeping them: a third more work, far less memory."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep the optimizer's state in the machine's memory instead of the GPU's, or with ZeRO-3 also the weights."""
-    offload_directory: str | None = None
-    """Offload to files on a fast local disk (NVMe) instead of to memory."""
     kernels: Literal["auto", "torch"] = "auto"
     """`auto`: on GPUs, FlashAttention and Liger's kernels where `raylm[gpu]` is installed and the model has them; on
     CPUs, attention that goes through packed sequences document by document. `torch`: PyTorch's own."""
@@ -106,8 +104,6 @@ class TrainingSettings(Section):
         needed = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         if self.zero_stage < needed:
             raise ValueError(f"offload: {self.offload} needs zero_stage {needed} or more, it is {self.zero_stage}")
-        if self.offload_directory and self.offload == "none":
-            raise ValueError("offload_directory has no effect with offload: none; say offload: optimizer, or all")
         return self
 
     @model_validator(mode="after")

@@ -178,7 +178,7 @@ def dry_run(settings: Settings, stage: Literal["pretrain", "finetune"]) -> Estim
         precision,
         layout.micro_batches > 1,
         on_gpu,
-        training.offload if on_gpu or training.offload_directory else "none",
+        training.offload if on_gpu else "none",
         averages,
     )
     saved = Checkpoints(

@@ -47,7 +47,6 @@ _FREE = {
     "collective_timeout_s",
     "activation_checkpointing",
     "offload",
-    "offload_directory",
     "kernels",
     "compile",
     "scored_rows",

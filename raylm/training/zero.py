@@ -89,9 +89,8 @@ def _offload(settings: TrainingSettings) -> dict[str, Any]:
     """The part of the ZeRO config that says what does not stay on the GPU."""
     if settings.offload == "none":
         return {}
-    place: dict[str, Any] = {"device": "cpu", "pin_memory": True}
-    if settings.offload_directory:
-        place = {"device": "nvme", "nvme_path": settings.offload_directory, "pin_memory": True}
+    # Not to NVMe: what DeepSpeed 0.19.8 keeps there, it cannot load again (weights), or with so many workers alone.
+    place = {"device": "cpu", "pin_memory": True}
     return {"offload_optimizer": place} | ({"offload_param": place} if settings.offload == "all" else {})
 
 

@@ -50,29 +50,23 @@ def test_16_bits_have_an_optimizer_that_keeps_fp32_weights(precision: str, expec
 
 
 @pytest.mark.parametrize(
-    ("offload", "directory", "expected"),
+    ("offload", "expected"),
     [
-        ("none", None, {}),
-        ("optimizer", None, {"offload_optimizer": "cpu"}),
-        ("all", None, {"offload_optimizer": "cpu", "offload_param": "cpu"}),
-        ("all", "/mnt/nvme", {"offload_optimizer": "nvme", "offload_param": "nvme"}),
+        ("none", {}),
+        ("optimizer", {"offload_optimizer": "cpu"}),
+        ("all", {"offload_optimizer": "cpu", "offload_param": "cpu"}),
     ],
 )
-def test_offloading_is_what_deepspeed_understands(
-    offload: str, directory: str | None, expected: dict[str, str]
-) -> None:
+def test_offloading_is_what_deepspeed_understands(offload: str, expected: dict[str, str]) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    settings = PretrainSettings.model_validate({"zero_stage": 3, "offload": offload, "offload_directory": directory})
+    settings = PretrainSettings.model_validate({"zero_stage": 3, "offload": offload})
     found = DeepSpeedZeroConfig(**deepspeed_config(settings, 2, 1, "bf16")["zero_optimization"])
     for name in ("offload_optimizer", "offload_param"):
         place = getattr(found, name)
         assert (str(place.device) if place else None) == expected.get(name)
-        assert directory is None or str(place.nvme_path) == directory
 
 
 def test_offloading_needs_a_stage_that_can() -> None:
     with pytest.raises(ValueError, match="offload: all needs zero_stage 3 or more, it is 2"):
         PretrainSettings(zero_stage=2, offload="all")
-    with pytest.raises(ValueError, match="offload_directory has no effect"):
-        PretrainSettings(offload_directory="/mnt/nvme")
