@@ -23,6 +23,9 @@ _KEPT_S = 600
 """How long a job that has ended can still be looked at."""
 _SERVE_PORT = 8_000
 
+FAULT_TOLERANCE = "gcsFaultToleranceOptions"
+"""What a cluster's head leaves on a volume or in Redis, in the words of a RayCluster; a key of `provider`."""
+
 Resource = dict[str, Any]
 
 
@@ -101,6 +104,7 @@ def cluster_spec(cluster: ClusterFile) -> Resource:
     from ray import __version__
 
     workers = [name for name in cluster.node_types if name != cluster.head_type]
+    kept = cluster.get("provider", FAULT_TOLERANCE)
     return {
         "rayVersion": __version__,
         "enableInTreeAutoscaling": True,
@@ -109,6 +113,7 @@ def cluster_spec(cluster: ClusterFile) -> Resource:
             "idleTimeoutSeconds": round(60 * float(cluster.get("idle_timeout_minutes", default=5))),
         },
         "authOptions": {"mode": "token"},
+        **({FAULT_TOLERANCE: kept} if kept else {}),
         "headGroupSpec": {
             "rayStartParams": {
                 "num-cpus": str(cluster.get("available_node_types", cluster.head_type, "resources", "CPU", default=0))

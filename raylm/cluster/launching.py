@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from importlib.metadata import version
+from typing import Any
 
 from raylm.cluster.file import ClusterFile, Finding, Key
 from raylm.cluster.nodes import is_spot
+from raylm.settings.loading import BOOTSTRAP_CONFIG
 
 _LISTS = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
 
 
 def check_launching(cluster: ClusterFile) -> Iterator[Finding]:
     """What keeps machines from joining, from scaling, or from having the versions that the job was tried with."""
+    yield from _off_the_head(cluster)
     if cluster.provider == "kuberay":
         return
     yield from _starts(cluster)
@@ -56,6 +59,31 @@ def _starts(cluster: ClusterFile) -> Iterator[Finding]:
             ("worker_start_ray_commands",), f"machines of '{spot[0]}' are taken away without Ray being told before",
             f"start raylm cluster watch {cluster.provider} on them, as in clusters/{cluster.provider}.yaml",
         )  # fmt: skip
+
+
+def _off_the_head(cluster: ClusterFile) -> Iterator[Finding]:
+    """Jobs' own processes that find no machine, or not their settings, which Ray leaves on the head alone."""
+    wanted = cluster.get("metadata", "raylm", "job", "entrypoint_resources")
+    if not isinstance(wanted, dict) or not wanted:
+        return
+    key = ("metadata", "raylm", "job", "entrypoint_resources")
+    able = [name for name in cluster.node_types if _can(cluster.node_types[name], wanted)]
+    if cluster.node_types and not able:
+        yield cluster.error(key, f"no machine has {', '.join(sorted(wanted))}; jobs would wait for ever",
+                            "give one of the available_node_types these resources")  # fmt: skip
+    copied = cluster.get("cluster_synced_files", default=[])
+    is_copied = cluster.provider in ("external", "kuberay") or str(BOOTSTRAP_CONFIG) in copied
+    if not is_copied and cluster.node_types and cluster.head_type not in able:
+        yield cluster.error(key, "jobs run off the head, where their settings are not",
+                            f"say cluster_synced_files: [{BOOTSTRAP_CONFIG}]")  # fmt: skip
+
+
+def _can(node_type: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a machine has some resources; CPUs and memory that a file does not name, Ray finds there itself."""
+    resources = node_type.get("resources") or {}
+    return all(
+        resources[name] >= amount if name in resources else name in ("CPU", "memory") for name, amount in wanted.items()
+    )
 
 
 def _installs(cluster: ClusterFile, key: Key, text: str) -> Iterator[Finding]:

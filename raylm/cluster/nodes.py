@@ -11,10 +11,16 @@ from typing import Any
 
 from raylm.capacity import MARKET
 from raylm.cluster.file import ClusterFile, Finding, Key, nearest
+from raylm.cluster.kubernetes import FAULT_TOLERANCE
 from raylm.cluster.machines import machine_of
 
 _RAYS_OWN: dict[str, set[str]] = {"aws": {"SubnetIds"}, "gcp": set(), "azure": {"availability_zone"}}
 """Keys of a node_config that Ray takes itself and the cloud never sees."""
+
+_FAULT_TOLERANCE_KEYS = {
+    "backend", "storage", "redisAddress", "redisUsername", "redisPassword", "externalStorageNamespace",
+}  # fmt: skip
+"""Of a RayCluster's gcsFaultToleranceOptions."""
 
 _POD_KEYS = {"cpu", "memory", "pod"}
 """Of a node_config: how much CPU and memory the pod has, and what else its spec says."""
@@ -32,7 +38,7 @@ def check_nodes(cluster: ClusterFile) -> Iterator[Finding]:
         yield from _market(cluster, key, name)
     yield from _bounds(cluster)
     yield from _places(cluster)
-    yield from _image(cluster)
+    yield from _pods(cluster)
 
 
 # ----------------------------------------------------------------------------------------- the cloud's API
@@ -213,8 +219,8 @@ def _bounds(cluster: ClusterFile) -> Iterator[Finding]:
         yield cluster.error(("idle_timeout_minutes",), "0: machines end as soon as they are up", "say 5")
 
 
-def _image(cluster: ClusterFile) -> Iterator[Finding]:
-    """What the pods of Kubernetes run."""
+def _pods(cluster: ClusterFile) -> Iterator[Finding]:
+    """What the pods of Kubernetes run, and what is left of a head."""
     if cluster.provider != "kuberay":
         return
     image = cluster.get("provider", "image")
@@ -222,6 +228,12 @@ def _image(cluster: ClusterFile) -> Iterator[Finding]:
         yield cluster.error(("provider",), "no image: pods have nothing to run", "add image: with raylm in it")
     elif image.endswith(":latest") or ":" not in image.rsplit("/", 1)[-1]:
         yield cluster.error(("provider", "image"), f"{image} is another one after every push", "name a version")
+    key = ("provider", FAULT_TOLERANCE)
+    kept = cluster.get(*key)
+    if isinstance(kept, dict):
+        yield from _unknown(cluster, key, kept, _FAULT_TOLERANCE_KEYS, "a RayCluster's gcsFaultToleranceOptions")
+    elif kept is not None:
+        yield cluster.error(key, f"found {kept!r}", "say {backend: rocksdb, storage: {size: 2Gi}}, or {redisAddress: …}")
 
 
 def _places(cluster: ClusterFile) -> Iterator[Finding]:

@@ -124,6 +124,8 @@ MISTAKES: list[tuple[str, Callable[[Values], None], str, str]] = [
     ("onprem", put("provider", "worker_ips", 1, to="192.168.1.10"), "provider.worker_ips[1]", "is the head"),
     ("kuberay", put("provider", "image", to="registry.example.com/raylm:latest"), "provider.image", "name a version"),
     ("kuberay", drop("provider", "image"), "provider", "no image"),
+    ("kuberay", put("provider", "gcsFaultToleranceOptions", to={"backnd": "rocksdb"}),
+     "provider.gcsFaultToleranceOptions.backnd", "did you mean 'backend'?"),
     ("kuberay", put(*GPU, "node_config", "memory", to="96 GB"),
      "available_node_types.gpu-spot.node_config.memory", "an amount such as 64Gi"),
     ("kuberay", rename(*GPU, "node_config", "memory", to="memroy"),
@@ -139,6 +141,9 @@ MISTAKES: list[tuple[str, Callable[[Values], None], str, str]] = [
     ("aws", put("worker_start_ray_commands", 1, to="RAY_AUTH_MODE=token ray start --address=10.0.0.4:6379"),
      "worker_start_ray_commands[1]", "does not name the head"),
     ("aws", drop("worker_start_ray_commands", 2), "worker_start_ray_commands", "without Ray being told before"),
+    ("aws", put("cluster_synced_files", to=[]), "metadata.raylm.job.entrypoint_resources", "run off the head"),
+    ("aws", put(*OURS, "job", "entrypoint_resources", to={"drivr": 1}), "metadata.raylm.job.entrypoint_resources",
+     "no machine has drivr"),
     # machines that stand in for others
     ("aws", put("provider", "type", to="aws"), "metadata.raylm.spot.fallback", "lets no machines stand in"),
     ("aws", put(*OURS, "spot", "fallback", to={"gpu-spt": "gpu-on-demand"}),

@@ -90,7 +90,8 @@ def test_pods_are_what_the_node_types_say() -> None:
     assert spec["autoscalerOptions"] == {"version": "v2", "idleTimeoutSeconds": 300}
     assert spec["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
     groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
-    assert list(groups) == ["cpu", "gpu-spot", "gpu-on-demand"]
+    assert list(groups) == ["driver", "cpu", "gpu-spot", "gpu-on-demand"]
+    assert json.loads(json.loads(groups["driver"]["rayStartParams"]["resources"])) == {"driver": 4}
     spot = groups["gpu-spot"]
     assert (spot["minReplicas"], spot["maxReplicas"], spot["priority"]) == (0, 8, 10)
     assert spot["labels"] == {"ray.io/market-type": "spot"}
@@ -110,8 +111,7 @@ def test_pods_are_what_the_node_types_say() -> None:
 def test_a_job_runs_what_it_is_told(tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
     values = yaml.safe_load(KUBERAY.read_text())
-    values["metadata"]["raylm"]["job"]["entrypoint_resources"] = {"driver": 1}
-    values["available_node_types"]["cpu"]["resources"]["driver"] = 4
+    values["provider"]["gcsFaultToleranceOptions"] = {"backend": "rocksdb", "storage": {"size": "2Gi"}}
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     _, job = rendered("rayjob", "--run", "pretrain --set pretrain.steps=10", path=path)
     spec = job["spec"]
@@ -120,8 +120,7 @@ def test_a_job_runs_what_it_is_told(tmp_path: Path) -> None:
     assert job["metadata"]["name"] != rendered("rayjob", "--run", "pretrain", path=path)[1]["metadata"]["name"]
     assert (spec["backoffLimit"], spec["shutdownAfterJobFinishes"]) == (2, True)
     assert json.loads(spec["entrypointResources"]) == {"driver": 1}
-    [cpu] = [group for group in spec["rayClusterSpec"]["workerGroupSpecs"] if group["groupName"] == "cpu"]
-    assert json.loads(json.loads(cpu["rayStartParams"]["resources"])) == {"driver": 4}
+    assert spec["rayClusterSpec"]["gcsFaultToleranceOptions"]["storage"] == {"size": "2Gi"}
     jsonschema.Draft7Validator(definition("RayJob")).validate(job)
 
 

@@ -1,0 +1,199 @@
+"""The packaged files of machines that ssh reaches: a site of one's own, and AWS as moto answers for it."""
+
+from __future__ import annotations
+
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raylm.settings import Settings
+from tests.cluster.machines import REPOSITORY, Machine, Site, site
+
+_TOKEN = "7" * 64
+_LAPTOP = "192.168.1.2"
+_CLOUD = "192.168.1.3"
+_BUCKET = f"s3://raylm/storage?endpoint_override={_CLOUD}:5000&scheme=http&region=eu-central-1"
+
+
+def _laptop(here: Site) -> Machine:
+    machine = here.add(_LAPTOP)
+    (machine.home / ".ray").mkdir()
+    token = machine.home / ".ray" / "auth_token"
+    token.write_text(_TOKEN)
+    token.chmod(0o600)
+    return machine
+
+
+def _file(name: str, directory: Path, change: Callable[[dict[str, Any]], None]) -> str:
+    values = yaml.safe_load((REPOSITORY / "clusters" / name).read_text())
+    values["cluster_name"] = f"site-{directory.name}"
+    change(values)
+    file = directory / name
+    file.write_text(yaml.safe_dump(values, width=1_000))
+    return str(file)
+
+
+def _work(settings: Settings, storage: str) -> dict[str, Any]:
+    return settings.model_dump(mode="json", exclude_unset=True) | {"storage": storage}
+
+
+@pytest.mark.slow
+def test_machines_of_ones_own(tmp_path: Path, small_settings: Settings) -> None:
+    """`clusters/onprem.yaml`, a head and two workers: all of them work, and at the end none runs anything."""
+
+    def own(values: dict[str, Any]) -> None:
+        values["provider"] |= {"head_ip": "192.168.1.10", "worker_ips": ["192.168.1.11", "192.168.1.12"]}
+        values["metadata"]["raylm"] = _work(small_settings, str(tmp_path / "storage"))
+
+    file = _file("onprem.yaml", tmp_path, own)
+    with site(tmp_path, "raylm") as here:
+        laptop = _laptop(here)
+        machines = [here.add(f"192.168.1.{number}") for number in (10, 11, 12)]
+        up = laptop.run("raylm", "up", file)
+        assert up.returncode == 0, up.stdout + up.stderr
+        end = time.monotonic() + 120
+        while not all(any("raylet" in line for line in machine.processes()) for machine in machines):
+            assert time.monotonic() < end, [machine.processes() for machine in machines]
+            time.sleep(1)
+        assert not any(_TOKEN in line for machine in machines for line in machine.processes())
+
+        refused = laptop.run("raylm", "run", file, "jobs/prepare.py")
+        assert refused.returncode == 1 and "its cluster is up already" in refused.stderr
+        down = laptop.run("raylm", "down", file)
+        assert down.returncode == 0, down.stdout + down.stderr
+        assert {machine.address: machine.processes() for machine in machines} == {
+            machine.address: [] for machine in machines
+        }
+
+        ran = laptop.run("raylm", "run", file, "jobs/prepare.py")
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        assert (tmp_path / "storage" / "tokens" / "default" / "manifest.json").exists()
+        assert {machine.address: machine.processes() for machine in machines} == {
+            machine.address: [] for machine in machines
+        }
+
+
+# ------------------------------------------------------------------------------------------------ AWS
+
+
+class _Cloud:
+    """moto in the network of a site, which has a machine for each instance that runs."""
+
+    def __init__(self, here: Site) -> None:
+        self._here = here
+        self._ended = threading.Event()
+        here.switch.add_address(_CLOUD)
+        here.switch.inside(self._serve)
+        self._thread = threading.Thread(target=self._keep)
+
+    def _serve(self) -> None:
+        from moto.server import ThreadedMotoServer
+
+        self._server = ThreadedMotoServer(ip_address=_CLOUD, port=5000, verbose=False)
+        self._server.start()
+        urllib.request.urlopen(f"http://{_CLOUD}:5000/moto-api/reset", data=b"").close()
+
+    def client(self, service: str) -> Any:
+        import boto3
+
+        return boto3.client(
+            service, endpoint_url=f"http://{_CLOUD}:5000", region_name="eu-central-1",
+            aws_access_key_id="someone", aws_secret_access_key="secret",
+        )  # fmt: skip
+
+    def instances(self) -> list[dict[str, Any]]:
+        """All there have ever been."""
+        found = self._here.switch.inside(lambda: self.client("ec2").describe_instances()["Reservations"])
+        return [instance for reservation in found for instance in reservation["Instances"]]
+
+    def running(self) -> list[dict[str, Any]]:
+        return [found for found in self.instances() if found["State"]["Name"] in ("pending", "running")]
+
+    def _keep(self) -> None:
+        """Machines come and go with their instances."""
+        known: set[str] = set()
+        while not self._ended.wait(0.5):
+            addresses = {instance["PrivateIpAddress"] for instance in self.running()}
+            for address in known - addresses:
+                self._here.remove(address)
+            for address in addresses - known:
+                self._here.add(address)
+            known = addresses
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        self._thread.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            self._thread.join()
+            self._here.switch.inside(self._server.stop)
+
+
+def _owned(cloud: _Cloud) -> tuple[str, str]:
+    """The subnet and the security group of an owner, whose rights are there as well."""
+    ec2, iam = cloud.client("ec2"), cloud.client("iam")
+    network = ec2.create_vpc(CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
+    subnet = ec2.create_subnet(VpcId=network, CidrBlock="10.0.1.0/24", AvailabilityZone="eu-central-1a")
+    group = ec2.create_security_group(GroupName="raylm", Description="raylm", VpcId=network)["GroupId"]
+    for name in ("raylm-head", "raylm-worker"):
+        iam.create_role(RoleName=name, AssumeRolePolicyDocument="{}")
+        iam.create_instance_profile(InstanceProfileName=name)
+        iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
+    cloud.client("s3").create_bucket(
+        Bucket="raylm", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"}
+    )
+    return subnet["Subnet"]["SubnetId"], group
+
+
+@pytest.mark.slow
+def test_a_job_on_aws(tmp_path: Path, small_settings: Settings) -> None:
+    """`raylm run clusters/aws.yaml`: machines come for the job and all end with it, also with one that fails."""
+    pytest.importorskip("boto3")
+    pytest.importorskip("moto.server")
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://{_CLOUD}:5000",
+        "AWS_ACCESS_KEY_ID": "someone",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "eu-central-1",
+    }
+    with site(tmp_path, "ubuntu", **environment) as here:
+        cloud = _Cloud(here)
+        with cloud.kept():
+            subnet, group = here.switch.inside(lambda: _owned(cloud))
+
+            def own(values: dict[str, Any]) -> None:
+                for kind in values["available_node_types"].values():
+                    kind["node_config"] |= {"SubnetIds": [subnet], "SecurityGroupIds": [group]}
+                    kind["resources"]["CPU"] = min(kind["resources"]["CPU"], 2)  # what is here to be shared
+                values["available_node_types"]["cpu"]["max_workers"] = 1
+                own_settings = values["metadata"]["raylm"] | _work(small_settings, _BUCKET)
+                values["metadata"]["raylm"] = own_settings
+
+            file = _file("aws.yaml", tmp_path, own)
+            laptop = _laptop(here)
+            ran = laptop.run("raylm", "run", file, "jobs/prepare.py", timeout_s=600)
+            assert ran.returncode == 0, ran.stdout[-5_000:] + ran.stderr[-5_000:]
+            made = {instance["InstanceType"] for instance in cloud.instances()}
+            assert made >= {"m6i.xlarge", "m6i.8xlarge"}
+            assert cloud.running() == []
+
+            listed = here.switch.inside(lambda: cloud.client("s3").list_objects_v2(Bucket="raylm"))["Contents"]
+            keys = [entry["Key"] for entry in listed]
+            assert "storage/tokens/default/manifest.json" in keys
+            assert [key for key in keys if key.startswith("storage/jobs/prepare-") and key.endswith(".log")]
+
+            failed = laptop.run(
+                "raylm", "run", file, "jobs/pretrain.py", "--set", "pretrain.learning_rate=-1", timeout_s=600
+            )
+            assert failed.returncode == 1, failed.stdout[-5_000:] + failed.stderr[-5_000:]
+            assert "pretrain.learning_rate" in failed.stdout + failed.stderr
+            assert cloud.running() == []
