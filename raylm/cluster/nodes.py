@@ -233,7 +233,9 @@ def _pods(cluster: ClusterFile) -> Iterator[Finding]:
     if isinstance(kept, dict):
         yield from _unknown(cluster, key, kept, _FAULT_TOLERANCE_KEYS, "a RayCluster's gcsFaultToleranceOptions")
     elif kept is not None:
-        yield cluster.error(key, f"found {kept!r}", "say {backend: rocksdb, storage: {size: 2Gi}}, or {redisAddress: …}")
+        yield cluster.error(
+            key, f"found {kept!r}", "say {backend: rocksdb, storage: {size: 2Gi}}, or {redisAddress: …}"
+        )
 
 
 def _places(cluster: ClusterFile) -> Iterator[Finding]:

@@ -139,9 +139,7 @@ class Switch:
     def __init__(self) -> None:
         self._process = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
         self._ports = 0
-        here = os.readlink("/proc/self/ns/net")
-        while os.readlink(f"/proc/{self._process.pid}/ns/net") == here:
-            time.sleep(0.01)
+        _wait_for_network_of(self._process.pid)
         self._ip("link", "add", "bridge", "type", "bridge")
         for device in ("lo", "bridge"):
             self._ip("link", "set", device, "up")
@@ -151,9 +149,7 @@ class Switch:
         """Plug in the network of a process, as its `eth0`."""
         self._ports += 1
         port = f"port{self._ports}"
-        here = os.readlink("/proc/self/ns/net")
-        while os.readlink(f"/proc/{process}/ns/net") == here:
-            time.sleep(0.01)
+        _wait_for_network_of(process)
         self._ip("link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", str(process))
         self._ip("link", "set", port, "master", "bridge", "up")
 
@@ -167,7 +163,7 @@ class Switch:
         return self._inside.submit(work).result()
 
     def _enter(self) -> None:
-        with open(f"/proc/{self._process.pid}/ns/net") as network:
+        with Path(f"/proc/{self._process.pid}/ns/net").open() as network:
             if ctypes.CDLL(None, use_errno=True).setns(network.fileno(), _NEW_NETWORK):
                 raise OSError(ctypes.get_errno(), "setns")
 
@@ -218,6 +214,12 @@ def site(directory: Path, *users: str, **environment: str) -> Iterator[Site]:
         yield found
     finally:
         found.stop()
+
+
+def _wait_for_network_of(process: int) -> None:
+    """Until a process that is starting has left the network of this one."""
+    while Path(f"/proc/{process}/ns/net").readlink() == Path("/proc/self/ns/net").readlink():
+        time.sleep(0.01)
 
 
 def _text(file: Path) -> str:

@@ -148,9 +148,7 @@ def _owned(cloud: _Cloud) -> tuple[str, str]:
         iam.create_role(RoleName=name, AssumeRolePolicyDocument="{}")
         iam.create_instance_profile(InstanceProfileName=name)
         iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
-    cloud.client("s3").create_bucket(
-        Bucket="raylm", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"}
-    )
+    cloud.client("s3").create_bucket(Bucket="raylm", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
     return subnet["Subnet"]["SubnetId"], group
 
 
