@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raylm.corpus.plan import Plan
+from raylm.corpus.plan import Plan, part_bytes
 from raylm.corpus.reading import read_unit
 from raylm.corpus.records import Rejected
 from raylm.corpus.rows import Cleaned, Dropped, cleaned_records, cleaned_table
@@ -21,7 +21,8 @@ from raylm.errors import InputError
 from raylm.settings.section import is_within, limit_text
 from raylm.storage import StoragePath
 
-_RUN_BYTES = 32 << 20  # of text that a worker holds before it sorts and writes
+_RUN_MB = 32
+"""Of text that a worker holds before it sorts and writes; more in a large corpus."""
 _SAMPLES = 3
 _EXCERPT_CHARS = 300
 
@@ -61,12 +62,12 @@ def _clean_unit(plan: Plan, number: int) -> Result:
     rows: list[Cleaned] = []
     dropped: list[Dropped] = []
     rejected: list[dict[str, Any]] = []
-    size = 0
+    size, run_bytes = 0, part_bytes(sum(unit.bytes for unit in plan.units), _RUN_MB)
     for outcome in cleaned_records(read_unit(unit), plan.corpus, sources[unit.source], counts):
         if isinstance(outcome, Cleaned):
             rows.append(outcome)
             size += len(outcome.source) + len(outcome.target or "")
-            if size >= _RUN_BYTES:
+            if size >= run_bytes:
                 runs.append(_write_run(place / f"{name}-{len(runs)}.arrow", rows))
                 rows, size = [], 0
         elif isinstance(outcome, Dropped):

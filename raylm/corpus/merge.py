@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raylm.corpus.cleaning import dropped_rows, excerpt, write_dropped
-from raylm.corpus.plan import Plan
+from raylm.corpus.plan import Plan, part_bytes
 from raylm.corpus.reading import read_texts
 from raylm.corpus.rows import CLEANED, DOCUMENT
 from raylm.corpus.shingles import Hashes, shingles
@@ -50,7 +50,8 @@ def merge(plan: Plan, cleaned: list[Result]) -> list[Result]:
     """What became of each part: how many rows are left, dropped as copies or contaminated; the largest groups."""
     place = plan.place("merge")
     runs = [(number, run) for number, result in enumerate(cleaned) for run in result["runs"]]
-    parts = max(math.ceil(sum(run["bytes"] for _, run in runs) / (plan.corpus.shard_mb * 1e6)), 1)
+    total = sum(run["bytes"] for _, run in runs)
+    parts = max(math.ceil(total / part_bytes(total, plan.corpus.shard_mb)), 1)
     evaluation = place / _EVALUATION
     if plan.corpus.decontaminate.against and not evaluation.is_file():
         write_table(evaluation, pa.table({"hash": evaluation_ngrams(plan.corpus.decontaminate)}))

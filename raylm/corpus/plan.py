@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,13 +15,24 @@ from raylm.storage import StoragePath, fingerprint
 
 WORK = "_work"
 """Below the artifact: what the steps wrote, so that a second start, or a changed setting, redoes only what it must."""
-_FORMAT = 3
+_FORMAT = 4
 """Raised when the same input and settings give other bytes than before."""
+_ROOT_SHARE = 0.25
+"""Parts have 250 MB in a corpus of a terabyte, and what `shard_mb` says below four gigabytes."""
 _CLEAN = {"clean", "filters", "pair_filters", "pii", "keep_dropped"}
 _MERGE = {"validation", "shard_mb", "decontaminate"}
 _MINHASH = ("fuzzy", "shingle_words", "bands", "rows_per_band")
 _DEDUP = ("measure", "threshold", "keep")
 _PARAGRAPHS = ("paragraphs", "min_paragraph_chars")
+
+
+def part_bytes(total: float, shard_mb: float) -> float:
+    """How much of a corpus is sorted at once: what a shard holds, and in a large corpus more.
+
+    Every part of the corpus is read from each of the runs that it was first written in. While both grow with the root
+    of its size, the number of these reads grows with the size alone, and not with its square.
+    """
+    return max(shard_mb * 1e6, _ROOT_SHARE * math.sqrt(total * 1e6))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from raylm.prices import cost, hourly_price
 from raylm.progress import Progress
 from raylm.settings import BatchSettings, Settings, model_directory
 from raylm.settings.section import is_within, limit_text
-from raylm.storage import MANIFEST, Manifest, Stopwatch
+from raylm.storage import MANIFEST, Manifest, Stopwatch, at_once
 from raylm.tasks import Task
 
 
@@ -157,7 +157,7 @@ def _follow(
     undone = set(left)
     finished = [chunk for chunk in job.chunks if chunk not in undone]
     rows = sum(chunk.rows for chunk in finished)
-    failed = 0 if max_errors is None else sum(_failures(job, chunk) for chunk in finished)
+    failed = 0 if max_errors is None else sum(at_once(lambda chunk: _failures(job, chunk), finished))
     tokens, first = 0, "answered by an earlier run"
     stage = f"batch-{job.task.name}"
     _check_errors(stage, failed, job.rows, first, max_errors)

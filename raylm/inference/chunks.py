@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raylm.errors import InputError
 from raylm.inference import watchdog
@@ -31,7 +32,7 @@ from raylm.inference.prompts import Prompt
 from raylm.inference.quality import flags
 from raylm.inference.quarantine import Tries, answer_one_by_one
 from raylm.settings import BatchSettings, DecodeSettings
-from raylm.storage import StoragePath, fingerprint, persistently
+from raylm.storage import StoragePath, at_once, fingerprint, persistently
 from raylm.tasks import CLASSIFY, TASKS, Task
 
 RESULT_VERSION = 1
@@ -39,6 +40,8 @@ RESULT_VERSION = 1
 
 _LEAST_CHUNKS = 8
 _LEAST_ROWS = 32
+_MOST_CHUNKS = 50_000
+"""Each is a file and some requests to its storage, so that those of larger jobs have more rows."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,8 @@ class Job:
 
     def unfinished(self) -> list[Chunk]:
         """The chunks whose parts are not there, in order. An earlier run's notes of its tries are deleted."""
-        there = set()
-        for place, _ in StoragePath(self.parts_uri).list():
-            there.add(place.name)
-            if place.name.endswith((".tries", ".hung")):
-                place.delete()
+        there = {place.name: place for place, _ in StoragePath(self.parts_uri).list()}
+        at_once(StoragePath.delete, [place for name, place in there.items() if name.endswith((".tries", ".hung"))])
         return [chunk for chunk in self.chunks if chunk.name not in there]
 
 
@@ -112,11 +112,13 @@ def job_key(files: Sequence[InputFile], model_fingerprint: str, decode: DecodeSe
 
 
 def plan_chunks(rows: Sequence[int], chunk_rows: int) -> Iterator[Chunk]:
-    """The chunks of files with so many rows each; small inputs get smaller ones, so that workers share them.
+    """The chunks of files with so many rows each; small inputs get smaller ones, so that workers share them, and very
+    large ones larger, so that there are not too many.
 
     Does not depend on the number of workers: a job resumes on a cluster of another size.
     """
-    size = min(chunk_rows, max(_LEAST_ROWS, -(-sum(rows) // _LEAST_CHUNKS)))
+    total = sum(rows)
+    size = max(min(chunk_rows, max(_LEAST_ROWS, -(-total // _LEAST_CHUNKS))), -(-total // _MOST_CHUNKS))
     for file, count in enumerate(rows):
         for start in range(0, count, size):
             yield Chunk(file, start, min(start + size, count))
@@ -137,13 +139,12 @@ def plan_job(
     :raises InputError: a file is unreadable, has no fitting column, or already has a result column.
     """
     results = result_schema(TASKS[prompt.task], settings.decode.scores)
-    tables, chosen, rows = [], [], []
+    tables = at_once(lambda file: open_table(file, work), files)
+    chosen, rows = [], []
     left = limit
-    for file in files:
-        table = open_table(file, work)
+    for table in tables:
         chosen.append(choose_columns(table, prompt, columns))
         _check_result_columns(table, results)
-        tables.append(table)
         rows.append(table.rows if left is None else min(table.rows, left))
         left = None if left is None else left - rows[-1]
     check_same_columns(tables)
@@ -213,13 +214,19 @@ def answer_chunk(job: Job, chunk: Chunk, answer: Answer, tries: Tries | None = N
     schema = pa.schema([*job.results, ("source_tokens", pa.int64()), ("output_tokens", pa.int64())])
     batch = pa.record_batch([pa.array(values[field.name], field.type) for field in schema], schema)
     persistently(job.part(chunk), lambda: _publish(batch, job.part(chunk)))
-    failed = [(number, output.error) for number, output in enumerate(outputs) if output.error is not None]
-    first = f"{job.tables[chunk.file].file.place}, row {chunk.start + failed[0][0]}: {failed[0][1]}" if failed else ""
+    return counts_of(job, chunk, batch)
+
+
+def counts_of(job: Job, chunk: Chunk, part: pa.RecordBatch) -> dict[str, Any]:
+    """What the progress of a job is told of a chunk's answers."""
+    errors = part["error"].to_pylist()
+    failed = [number for number, error in enumerate(errors) if error is not None]
+    place = job.tables[chunk.file].file.place
     return {
-        "rows": len(outputs),
+        "rows": part.num_rows,
         "errors": len(failed),
-        "first_error": first,
-        "output_tokens": sum(output.output_tokens for output in outputs),
+        "first_error": f"{place}, row {chunk.start + failed[0]}: {errors[failed[0]]}" if failed else "",
+        "output_tokens": pc.sum(part["output_tokens"]).as_py() or 0,
     }
 
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raylm.errors import RaylmError, from_plain, to_plain
 from raylm.inference.chunks import Chunk, Job, read_chunk, read_part
 from raylm.inference.io import InputFile, format_of
 from raylm.inference.output import write_output
 from raylm.storage import MANIFEST, Manifest, StoragePath
 
 _SAMPLES = 3
+
+
+_SHARED_ROWS = 1_000_000
+"""From so many on, the files of a job are put together on all machines: starting processes there takes seconds."""
 
 
 class _Tally:
@@ -25,6 +31,12 @@ class _Tally:
         self.reasons: Counter[str] = Counter()
         self.quality: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter(source_tokens=0, output_tokens=0)
+
+    def update(self, other: _Tally) -> None:
+        self.counts.update(other.counts)
+        self.reasons.update(other.reasons)
+        self.quality.update(other.quality)
+        self.tokens.update(other.tokens)
 
     def add(self, part: pa.RecordBatch) -> None:
         errors = [reason for reason in part["error"].to_pylist() if reason is not None]
@@ -52,11 +64,9 @@ def assemble(job: Job, files: list[InputFile], places: list[StoragePath], work: 
     (work / MANIFEST).delete()
     tally = _Tally()
     outputs = []
-    for number, (table, place) in enumerate(zip(job.tables, places, strict=True)):
-        chunks = [chunk for chunk in job.chunks if chunk.file == number]
-        rows = sum(chunk.rows for chunk in chunks)
-        write_output(table, rows, _answers(job, chunks, tally), place, format_of(place.name))
-        outputs.append({"path": str(place), "rows": rows, "bytes": place.info().size})
+    for output, counted in _written(job, places):
+        outputs.append(output)
+        tally.update(counted)
     kept = {output["path"] for output in outputs}
     for output in old.outputs if old else []:
         if output["path"] not in kept and len(places) > 1:
@@ -74,6 +84,53 @@ def assemble(job: Job, files: list[InputFile], places: list[StoragePath], work: 
         metrics=dict(tally.tokens),
         samples=_samples(job),
     )
+
+
+def _written(job: Job, places: list[StoragePath]) -> Iterator[tuple[dict[str, Any], _Tally]]:
+    """Each output as it is published, in order: by this process, or where there is much of it by all machines."""
+    by_file: list[list[Chunk]] = [[] for _ in places]
+    for chunk in job.chunks:
+        by_file[chunk.file].append(chunk)
+    work = enumerate(zip(by_file, places, strict=True))
+    if not _is_shared(job):
+        for number, (chunks, place) in work:
+            yield _write(job, number, chunks, place)
+        return
+    import ray
+
+    write = ray.remote(num_cpus=1)(_write_or_say_why)
+    shared = ray.put(replace(job, chunks=()))
+    for task in [write.remote(shared, number, chunks, place) for number, (chunks, place) in work]:
+        found = ray.get(task)
+        if isinstance(found, dict):
+            raise from_plain(found)
+        yield found
+
+
+def _is_shared(job: Job) -> bool:
+    if len(job.tables) == 1 or job.rows < _SHARED_ROWS:
+        return False
+    import ray
+
+    return bool(ray.is_initialized())  # not where all had been answered by an earlier run
+
+
+def _write_or_say_why(
+    job: Job, number: int, chunks: list[Chunk], place: StoragePath
+) -> tuple[dict[str, Any], _Tally] | dict[str, Any]:
+    """`_write` as a task of Ray, without Ray's stack traces."""
+    try:
+        return _write(job, number, chunks, place)
+    except RaylmError as error:
+        return to_plain(error)
+
+
+def _write(job: Job, number: int, chunks: list[Chunk], place: StoragePath) -> tuple[dict[str, Any], _Tally]:
+    """Publish the output of one file."""
+    tally = _Tally()
+    rows = sum(chunk.rows for chunk in chunks)
+    write_output(job.tables[number], rows, _answers(job, chunks, tally), place, format_of(place.name))
+    return {"path": str(place), "rows": rows, "bytes": place.info().size}, tally
 
 
 def _answers(job: Job, chunks: list[Chunk], tally: _Tally) -> Iterator[pa.RecordBatch]:

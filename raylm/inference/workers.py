@@ -12,7 +12,7 @@ from typing import Any, Literal
 from raylm.capacity import machines
 from raylm.errors import RaylmError, to_plain
 from raylm.inference.answers import Answer, Decoder, answer_rows
-from raylm.inference.chunks import Chunk, Job, answer_chunk
+from raylm.inference.chunks import Chunk, Job, answer_chunk, counts_of, read_part
 from raylm.inference.engines import load_engine
 from raylm.inference.engines.cache import RememberingEngine
 from raylm.inference.model import ModelInfo
@@ -43,16 +43,23 @@ class ChunkWorker:
         }  # fmt: skip
         try:
             chunk = self._job.chunks[int(batch["chunk"][0])]
-            place = self._job.tries(chunk)
-            tries = persistently(place, partial(Tries.note_one, place))
-            if self._engine is None:
-                engine = load_engine(ModelInfo.load(self._model), self._decode, self._device)
-                # Where answers are drawn, equal rows have answers of their own.
-                self._engine = engine if self._decode.temperature else RememberingEngine(engine)
-            counts |= answer_chunk(self._job, chunk, partial(answer_rows, self._engine), tries)
+            counts |= self._answered(chunk)
         except RaylmError as error:
             counts |= to_plain(error)
         return {name: [value] for name, value in counts.items()}
+
+    def _answered(self, chunk: Chunk) -> dict[str, Any]:
+        """The counts of a chunk after its part is published."""
+        place, part = self._job.tries(chunk), self._job.part(chunk)
+        if persistently(place, lambda: place.is_file() and part.is_file()):
+            # Done by a worker that died over a later chunk of its block, which Ray Data hands out as a whole.
+            return counts_of(self._job, chunk, persistently(part, lambda: read_part(self._job, chunk)))
+        tries = persistently(place, partial(Tries.note_one, place))
+        if self._engine is None:
+            engine = load_engine(ModelInfo.load(self._model), self._decode, self._device)
+            # Where answers are drawn, equal rows have answers of their own.
+            self._engine = engine if self._decode.temperature else RememberingEngine(engine)
+        return answer_chunk(self._job, chunk, partial(answer_rows, self._engine), tries)
 
 
 def plan_workers(

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raylm.corpus.plan import WORK
+from raylm.corpus.plan import WORK, part_bytes
 from raylm.corpus.prepare import prepare
 from raylm.errors import InputError
 from raylm.models import load_tokenizer
@@ -272,6 +272,17 @@ def test_no_work_is_kept_where_none_is_wanted(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [document(n) for n in range(40)])
     prepare(settings(tmp_path, documents=[source], keep_work=False))
     assert not (artifact(tmp_path).local() / WORK).exists()
+
+
+def test_the_reads_of_a_merge_grow_with_the_corpus() -> None:
+    """Each part is read from every run: with parts and runs of one size, a tenfold corpus would take a hundred times."""
+
+    def reads(total: float) -> float:
+        return total / part_bytes(total, 16) * total / part_bytes(total, 32)
+
+    assert part_bytes(4e9, 16) == 16e6
+    assert reads(1e13) / reads(1e12) == pytest.approx(10)
+    assert reads(1e12) < 2e7
 
 
 def test_files_order_and_cut_change_no_byte(tmp_path: Path) -> None:

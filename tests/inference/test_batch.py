@@ -17,12 +17,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from raylm.errors import ArtifactError, InputError, OutputError, RaylmError
+from raylm.inference import results, workers
 from raylm.inference.answers import Output
 from raylm.inference.batch import run_batch
+from raylm.inference.chunks import plan_job
 from raylm.inference.engines import load_engine
+from raylm.inference.io import list_inputs
 from raylm.inference.model import ModelInfo
-from raylm.inference.prompts import Prompt
+from raylm.inference.prompts import Prompt, prompt_for
 from raylm.inference.quarantine import STOPPED_WORKER, Tries, answer_one_by_one
+from raylm.inference.workers import ChunkWorker
 from raylm.settings import Settings
 from raylm.storage import Manifest, StoragePath
 from raylm.tasks import SUMMARIZE, TRANSLATE
@@ -169,6 +173,54 @@ def test_a_directory_gives_a_directory(tmp_path: Path, model_directory: Path, se
         "quality",
     ]
     assert sorted(file.name for file in (tmp_path / "g").iterdir()) == ["a.parquet", "b.parquet"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_large_directory_is_put_together_by_all_machines(
+    tmp_path: Path, model_directory: Path, sentences: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for number in range(3):
+        texts = [*sentences[20 * number : 20 * (number + 1)], None]
+        pq.write_table(pa.table({"text": texts}), source / f"{number}.parquet")
+    alone = run_batch(ONE_WORKER, TRANSLATE, str(source), model=str(model_directory), output=str(tmp_path / "alone"))
+    monkeypatch.setattr(results, "_SHARED_ROWS", 1)
+    shared = run_batch(ONE_WORKER, TRANSLATE, str(source), model=str(model_directory), output=str(tmp_path / "shared"))
+    for number in range(3):
+        one, other = (pq.read_table(tmp_path / place / f"{number}.parquet") for place in ("alone", "shared"))
+        assert one.equals(other) and one.num_rows == 21
+    assert shared.counts == alone.counts and shared.counts["errors"] == 3
+    assert shared.metrics["output_tokens"] == alone.metrics["output_tokens"] > 0
+    (tmp_path / "no").write_text("a file where a directory should be")
+    with pytest.raises(OutputError, match="no"):
+        run_batch(ONE_WORKER, TRANSLATE, str(source), model=str(model_directory), output=str(tmp_path / "no" / "deep"))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_does_not_answer_again_what_is_published(
+    tmp_path: Path, model_directory: Path, sentences: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Data hands a dead worker's whole block to another one, done chunks among them."""
+    pq.write_table(pa.table({"text": [*sentences[:99], None]}), tmp_path / "t.parquet")
+    info = ModelInfo.load(str(model_directory))
+    files = list_inputs(str(tmp_path / "t.parquet"))
+    work = StoragePath(str(tmp_path / "work")).mkdir()
+    prompt = prompt_for(info, TRANSLATE, None, None, None, None)
+    job = plan_job(files, prompt, {}, None, ONE_WORKER.batch, work, "key")
+    decode = ONE_WORKER.batch.decode
+    first = ChunkWorker(job, str(model_directory), decode, "cpu")
+    counts = [first({"chunk": [number]}) for number in range(len(job.chunks))]
+    written = [job.part(chunk).info().mtime_ns for chunk in job.chunks]
+
+    def no_engine(*_: Any) -> None:
+        raise AssertionError("nothing is left to be answered")
+
+    monkeypatch.setattr(workers, "load_engine", no_engine)
+    second = ChunkWorker(job, str(model_directory), decode, "cpu")
+    assert [second({"chunk": [number]}) for number in range(len(job.chunks))] == counts
+    assert [job.part(chunk).info().mtime_ns for chunk in job.chunks] == written
+    assert sum(count["errors"][0] for count in counts) == 1
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -373,6 +373,8 @@ def test_chunks_cover_all_rows_once_in_order() -> None:
     assert len(list(plan_chunks([936], 512))) == 8, "small inputs are shared among workers"
     assert [chunk.rows for chunk in plan_chunks([40], 512)] == [32, 8]
     assert list(plan_chunks([], 512)) == []
+    large = list(plan_chunks([10**8] * 10, 1_024))
+    assert len(large) == 50_000 and sum(chunk.rows for chunk in large) == 10**9
 
 
 def test_a_file_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
