@@ -35,11 +35,11 @@ _SIZES: dict[str, tuple[int, int, int, int]] = {
 _TINY_DECODER_LAYERS = 2
 MAX_POSITIONS = 1_024
 GGUF = ".gguf"
+"""How the file of a model of llama.cpp ends."""
 _POSITIONS_BEHIND_PADDING = (
     *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "xmod", "data2vec-text"),
     *("mpnet", "longformer", "ibert", "esm"),
 )
-"""How the file of a model of llama.cpp ends."""
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
