@@ -1,5 +1,10 @@
 """The errors a user can cause. Each says which file, key or row, what was found, and what would be right."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class RaylmError(Exception):
     """A failure the user can mend. The command line prints its text alone and exits with 1."""
@@ -27,6 +32,17 @@ class OutputError(RaylmError):
 
 class TrainingError(RaylmError):
     """Training cannot start or go on: too few workers, a diverged loss, a failed worker group."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a misspelt one is likely to mean."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about a name that is not known: empty where none is near."""
+    near = nearest(name, known)
+    return f"; did you mean '{near}'?" if near else ""
 
 
 def first_line(error: Exception) -> str:

@@ -23,13 +23,16 @@ English documentation has 2.9 characters for each one of its Chinese translation
 median pair has a ratio of widths of 1.3, and 99.8 % of pairs lie between 0.66 and 2.5.
 """
 
+# Ranges of characters, as they stand inside the brackets of a regular expression.
+KANA = "\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff"
+IDEOGRAPHS = "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+HANGUL = "\u1100-\u11ff\u3131-\u318e\uac00-\ud7af"
+
 _PIECE_CHARS = 120
 _PIECES = 3
 _LETTER = re.compile(r"[^\W\d_]")
 _LETTERS = re.compile(r"[^\W\d_]+")
-_KANA = re.compile("[\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff]+")
-_IDEOGRAPHS = re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
-_HANGUL = re.compile("[\u1100-\u11ff\u3131-\u318e\uac00-\ud7af]+")
+_KANA, _IDEOGRAPHS, _HANGUL = (re.compile(f"[{signs}]+") for signs in (KANA, IDEOGRAPHS, HANGUL))
 _MIN_KANA_SHARE = 0.05  # of Japanese signs; Chinese pages name a kana now and then, Japanese prose has half
 
 # What users and the model call by several names, or what the model cannot tell apart, under one name.

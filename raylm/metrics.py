@@ -9,8 +9,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from raylm.language import IDEOGRAPHS, KANA
+
 SCORE = "score_"
 """What begins the keys of scores in a run's log, such as `score_chrf_translate_de`."""
+_UNSPACED = re.compile(f"[{KANA}{IDEOGRAPHS}]")
+"""A sign of a script that is written without spaces."""
 
 
 def chrf(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
@@ -63,7 +67,7 @@ def _common_share(prediction: str, reference: str) -> float:
 def words(text: str) -> list[str]:
     """The words of a text without case, punctuation and the articles of English; without spaces, its characters."""
     plain = "".join(c for c in text.casefold() if not unicodedata.category(c).startswith(("P", "S")))
-    return "".join(f" {c} " if _is_unspaced(c) else c for c in _ARTICLES.sub(" ", plain)).split()
+    return _UNSPACED.sub(r" \g<0> ", _ARTICLES.sub(" ", plain)).split()
 
 
 def accuracy(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
@@ -116,7 +120,7 @@ class _RougeTokenizer:
     def tokenize(self, text: str) -> list[str]:
         if text.isascii():
             return list(self._default.tokenize(text))
-        spaced = "".join(f" {c} " if _is_unspaced(c) else c for c in text.lower())
+        spaced = _UNSPACED.sub(r" \g<0> ", text.lower())
         tokens: list[str] = []
         for word in spaced.split():
             if word.isascii():
@@ -125,11 +129,6 @@ class _RougeTokenizer:
                 kept = "".join(c for c in word if c.isalnum())
                 tokens += [kept] if kept else []
         return tokens
-
-
-def _is_unspaced(character: str) -> bool:
-    """Whether a character belongs to a script that is written without spaces (CJK, kana)."""
-    return "\u3040" <= character <= "\u30ff" or "\u3400" <= character <= "\u9fff" or character >= "\U00020000"
 
 
 def perplexity(mean_loss: float) -> float:

@@ -6,12 +6,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from raylm.language import IDEOGRAPHS, KANA
+
 # Everything that `str.splitlines` takes for a line end, but for the control characters 1c-1e, which are data.
 _LINE_END = re.compile(r"[\n\r\v\f\x85\u2028\u2029]+")
 _BULLET = re.compile(r"(?:[-*+•‣◦▪>#]+|[-–—])[ \t]+")
 # A stop with its closing signs, then white space (Latin and most scripts), or nothing (Chinese, Japanese; these are
 # written with `!`, `?` and `．` too).
-_IDEOGRAPHS = "\u3005-\u3007\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fffd"
+_IDEOGRAPHS = KANA + IDEOGRAPHS
 _STOP = re.compile(
     r"(?<![.!?…])(?P<stop>[.!?…؟۔।]+)[\"'”’»›)\]}*_]*(?P<gap>[ \t\u00a0\u2000-\u200a\u202f\u3000]+)"
     rf"|(?:[。！？｡]|(?<=[{_IDEOGRAPHS}])(?:[!?]+(?=[\"”’」』）]*[{_IDEOGRAPHS}])|．(?![0-9０-９])))[。！？｡!?．]*"

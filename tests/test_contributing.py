@@ -41,5 +41,5 @@ def test_the_first_change_works(copy: Path) -> None:
     in_copy(copy, "git", "apply", "first.diff")
     in_copy(copy, sys.executable, "-m", "tests.test_cli")
     named = ("tests/corpus/test_filters.py", "tests/test_cli.py")
-    said = in_copy(copy, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *named, "-k", "curly or frozen")
+    said = in_copy(copy, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *named, "-k", "curly or frozen")
     assert re.search(r"\b[2-9] passed", said), said

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from raylm.cluster.file import CLOUDS, OWN_PROVIDERS, ClusterFile, Finding, Key, nearest
+from raylm.cluster.file import CLOUDS, OWN_PROVIDERS, ClusterFile, Finding, Key
 from raylm.cluster.pools import Pool, Stage, cpus_in, estimate, gpus_in, pools_of
-from raylm.errors import RaylmError
+from raylm.errors import RaylmError, nearest
 from raylm.prices import OTHER
 from raylm.settings import FinetuneSettings, PretrainSettings, Settings, problems
 from raylm.storage import StoragePath

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from raylm.capacity import MARKET
-from raylm.cluster.file import ClusterFile, Finding, Key, nearest
+from raylm.cluster.file import ClusterFile, Finding, Key
 from raylm.cluster.kubernetes import FAULT_TOLERANCE
 from raylm.cluster.machines import machine_of
+from raylm.errors import nearest
 
 _RAYS_OWN: dict[str, set[str]] = {"aws": {"SubnetIds"}, "gcp": set(), "azure": {"availability_zone"}}
 """Keys of a node_config that Ray takes itself and the cloud never sees."""

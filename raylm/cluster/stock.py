@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raylm.cluster.file import ClusterFile, Finding, nearest
+from raylm.cluster.file import ClusterFile, Finding
+from raylm.errors import nearest
 from raylm.progress import hushed
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ English lists stay unambiguous (no fragment holds " and " or " or ", none in a l
 comma, no two names are spelt alike), hence no English source is in both splits.
 """
 
-import difflib
 import functools
 import hashlib
 import itertools
@@ -30,6 +29,7 @@ from typing import Any, Literal
 from babel import Locale, UnknownLocaleError
 
 from raylm.corpus.cldr_kinds import ENGLISH, KINDS, LOCALES, TERRITORIES, join
+from raylm.errors import nearest
 
 Split = Literal["train", "test"]
 
@@ -111,10 +111,8 @@ def _vocabulary(to: str) -> _Vocabulary:
 def _locale(to: str) -> Locale:
     names = {name.lower(): code for code, name in ENGLISH.languages.items() if code in LOCALES and code != "en"}
     codes = {code.lower(): code for code in LOCALES if not code.startswith("en")}
-    nearest = difflib.get_close_matches(to.lower().replace("-", "_"), [*codes, *names], n=1)
-    hint = (
-        f"; did you mean {(codes | names)[nearest[0]]!r}?" if nearest else '; examples are "de", "pt_BR" and "zh_Hant"'
-    )
+    near = nearest(to.lower().replace("-", "_"), [*codes, *names])
+    hint = f"; did you mean {(codes | names)[near]!r}?" if near else '; examples are "de", "pt_BR" and "zh_Hant"'
     try:
         locale = Locale.parse(to.replace("-", "_"))
     except (UnknownLocaleError, ValueError, TypeError) as error:

@@ -10,6 +10,7 @@ import unicodedata
 import ftfy
 
 from raylm.corpus.stopwords import STOP_WORDS
+from raylm.language import IDEOGRAPHS, KANA
 from raylm.settings.corpus import CleanSettings
 
 # Curly quotes, full-width signs and ligatures stay, and NFC, not NFKC: that is how Chinese, French or German
@@ -258,10 +259,7 @@ def _without_urls(text: str, replacement: str) -> str:
     return text
 
 
-_IDEOGRAPHS = (
-    "\u3005-\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
-    "\uf900-\ufaff\U00020000-\U0003fffd"
-)
+_IDEOGRAPHS = KANA + IDEOGRAPHS
 _FULL_WIDTH_SIGNS = "、。〈-】！（），．：；？"
 _HAS_IDEOGRAPHS = re.compile(f"[{_IDEOGRAPHS}\uff10-\uff9f]")
 _WIDTHS = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\uff61-\uff9f]+")

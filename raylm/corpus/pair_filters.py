@@ -12,7 +12,7 @@ import unicodedata
 from collections import Counter
 
 from raylm.corpus.filters import width
-from raylm.language import identify, is_known, likeliest, primary, same_language
+from raylm.language import IDEOGRAPHS, identify, is_known, likeliest, primary, same_language
 from raylm.settings import PairFilterSettings
 
 _SHORT_WIDTH = 20.0
@@ -90,7 +90,7 @@ def _against_contents(source: str, target: str, rules: PairFilterSettings) -> st
     return None
 
 
-_WORD = re.compile(r"[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+")  # an ideograph is a word
+_WORD = re.compile(rf"[{IDEOGRAPHS}]|[^\W\d_{IDEOGRAPHS}]+")  # an ideograph is a word
 
 # ---------------------------------------------------------------------------------------------- placeholders
 
@@ -206,7 +206,7 @@ _MIN_LETTERS, _MIN_ODDS, _MIN_SCORE = 20, 8.0, 0.05
 _MANY_LETTERS, _SURE = 40, 0.9
 _GUESSES = 16
 _CODE = re.compile(r"[\d_/\\=<>{}()\[\]@$%|*~^#&+]|\w[.:]\w|-\S*-|^-\w|[a-z][A-Z]")
-_IDEOGRAPHS = re.compile("[\u3400-\u9fff]{2}")  # among file names, buttons and quotations
+_IDEOGRAPHS = re.compile(f"[{IDEOGRAPHS}]{{2}}")  # among file names, buttons and quotations
 _LETTERS = re.compile(r"[^\W\d_]+")
 
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
+from raylm.language import IDEOGRAPHS
 from raylm.settings.corpus import PiiKind
 
 Span = tuple[int, int]
@@ -276,7 +277,7 @@ _CUE = re.compile(
     re.IGNORECASE,
 )
 _CUE_CHARS = 32
-_IDEOGRAPH = re.compile("[\u4e00-\u9fff]")
+_IDEOGRAPH = re.compile(f"[{IDEOGRAPHS}]")
 
 _START = r"(?<![\w/=#+-])(?<![0-9][.,])"
 _END = r"(?![\w]|[.,/-][0-9])"

@@ -7,7 +7,6 @@ each other give the rows of the whole, each row once: a row belongs to the range
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import itertools
 import json
@@ -19,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from raylm.corpus.records import Rejected
-from raylm.errors import InputError, first_line
+from raylm.errors import InputError, did_you_mean, first_line
 from raylm.storage import StoragePath
 
 CODECS = {".gz": "gzip", ".zst": "zstd"}
@@ -140,9 +139,7 @@ def row_texts(row: Row, columns: Sequence[str]) -> tuple[str, ...] | Rejected:
 def check_column(file: StoragePath, names: Sequence[str], wanted: str) -> None:
     """:raises InputError: the column is not there; the text names the nearest one."""
     if wanted not in names:
-        near = difflib.get_close_matches(wanted, names, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise InputError(f"{file}: no column '{wanted}' among {', '.join(names)}{hint}")
+        raise InputError(f"{file}: no column '{wanted}' among {', '.join(names)}{did_you_mean(wanted, names)}")
 
 
 # -------------------------------------------------------------------------------------------- JSON Lines

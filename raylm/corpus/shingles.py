@@ -14,15 +14,15 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from raylm.language import IDEOGRAPHS, KANA
+
 Hashes = NDArray[np.uint64]
 
 _CHUNK_CHARS = 1 << 20
 _BASE = 0x9E3779B97F4A7C15  # odd, hence invertible modulo 2^64
 _SEPARATOR, _LETTER, _SIGN = 0, 1, 2
 # Thai to Khmer, kana, ideographs: scripts that put no spaces between words.
-_UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)
+_UNSPACED = re.compile(f"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff{KANA}{IDEOGRAPHS}]")
 
 
 def shingles(texts: Sequence[str], words: int) -> tuple[Hashes, NDArray[np.int64]]:

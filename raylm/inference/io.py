@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raylm.errors import InputError, NothingThereError, first_line
+from raylm.errors import InputError, NothingThereError, did_you_mean, first_line
 from raylm.inference.answers import Row
 from raylm.inference.parquet import open_parquet, parquet_reader
 from raylm.inference.prompts import Prompt
@@ -197,8 +196,7 @@ def _text_column(table: InputTable) -> str:
 def _checked_column(table: InputTable, wanted: str, is_text: bool) -> str:
     columns, where = table.columns, table.file.place
     if wanted not in columns.names:
-        near = difflib.get_close_matches(wanted, columns.names, n=1, cutoff=0.5)
-        hint = f"; did you mean '{near[0]}'?" if near else "."
+        hint = did_you_mean(wanted, columns.names) or "."
         raise InputError(f"{where}: there is no column '{wanted}'{hint} Its columns: {_listed(table)}")
     field = columns.field(wanted)
     if _is_text(field) or pa.types.is_null(field.type) or _is_marked(field, b"number"):

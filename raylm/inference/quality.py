@@ -6,12 +6,13 @@ import re
 
 from raylm.inference.answers import Row
 from raylm.inference.prompts import Prompt
-from raylm.language import is_known, likeliest, same_language
+from raylm.language import HANGUL, IDEOGRAPHS, KANA, is_known, likeliest, same_language
 from raylm.tasks import CLASSIFY, TRANSLATE
 
 EMPTY, COPIED, REPEATS, WRONG_LANGUAGE = "empty", "copied", "repeats", "wrong_language"
 
-_UNIT = re.compile(r"[\u3041-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_\u3041-\u30ff\u3400-\u9fff\uac00-\ud7af]+|\d+")
+_SIGNS = KANA + IDEOGRAPHS + HANGUL
+_UNIT = re.compile(rf"[{_SIGNS}]|[^\W\d_{_SIGNS}]+|\d+")
 """A word, or a sign of a script that writes words without spaces."""
 _LONGEST_LOOP = 12
 _ROUNDS = 4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import ValidationError
 
-from raylm.errors import SettingsError
+from raylm.errors import SettingsError, nearest
 from raylm.settings.root import Settings
 from raylm.settings.topology import Topology
 
@@ -165,8 +164,8 @@ def _told(error: ErrorDetails) -> tuple[str, str]:
     """What was found, and what would be right."""
     if error["type"] != "extra_forbidden":
         return f"found {error['input']!r}", error["msg"]
-    nearest = _nearest_key(error["loc"])
-    return "unknown key", f"did you mean '{nearest}'?" if nearest else ""
+    near = _nearest_key(error["loc"])
+    return "unknown key", f"did you mean '{near}'?" if near else ""
 
 
 def _nearest_key(location: tuple[int | str, ...]) -> str | None:
@@ -177,9 +176,7 @@ def _nearest_key(location: tuple[int | str, ...]) -> str | None:
         node = _step_into(schema, node, part)
         if node is None:
             return None
-    candidates = list(_resolve(schema, node).get("properties", {}))
-    matches = difflib.get_close_matches(str(location[-1]), candidates, n=1, cutoff=0.5)
-    return matches[0] if matches else None
+    return nearest(str(location[-1]), _resolve(schema, node).get("properties", {}))
 
 
 def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raylm import models
-from raylm.errors import SettingsError
+from raylm.errors import SettingsError, did_you_mean
 from raylm.settings import FinetuneSettings, PretrainSettings, Settings
 from raylm.storage import Manifest, StoragePath
 from raylm.training.trainer import MODEL, run_directory
@@ -94,9 +93,7 @@ def _preset(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Pretraine
     known = plain.to_dict().keys() | plain.attribute_map.keys() | {"rope_theta", "attn_implementation"}
     for key in settings.model.config:
         if key not in known and not hasattr(plain, key):
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
-            raise SettingsError(f"model.config: {plain.model_type} has no '{key}'{hint}")
+            raise SettingsError(f"model.config: {plain.model_type} has no '{key}'{did_you_mean(key, known)}")
     try:
         return models.build_config(settings.model, tokenizer)
     except Exception as error:  # its validators raise errors of many kinds

@@ -275,7 +275,7 @@ def test_no_work_is_kept_where_none_is_wanted(tmp_path: Path) -> None:
 
 
 def test_the_reads_of_a_merge_grow_with_the_corpus() -> None:
-    """Each part is read from every run: with parts and runs of one size, a tenfold corpus would take a hundred times."""
+    """Each part is read from every run: were these of one size, a tenfold corpus would take a hundred times as many."""
 
     def reads(total: float) -> float:
         return total / part_bytes(total, 16) * total / part_bytes(total, 32)
