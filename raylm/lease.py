@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,8 +27,11 @@ class Taken(OutputError):
     """Another process holds it."""
 
 
-def held(lock: StoragePath, taken: str) -> AbstractContextManager[None]:
+def held(lock: StoragePath, taken: str) -> AbstractContextManager[Callable[[], None]]:
     """Hold something for the time, by a file that says who does.
+
+    It gives a function that raises `Taken` once another process has taken it over, as from one that slept for too long;
+    the end of the context does as well.
 
     :param lock: the file; on a local or shared disk it is locked, which the system ends with the process; on an object
         store it is a lease that is renewed, and taken over once it has not been for 35 s.
@@ -50,7 +53,7 @@ def _refusal(taken: str, owner: dict[str, Any]) -> Taken:
 
 
 @contextmanager
-def _locked(lock: Path, taken: str) -> Iterator[None]:
+def _locked(lock: Path, taken: str) -> Iterator[Callable[[], None]]:
     while True:
         try:
             file = lock.open("a+")
@@ -73,14 +76,14 @@ def _locked(lock: Path, taken: str) -> Iterator[None]:
         file.truncate(0)
         file.write(json.dumps(_owner()))
         file.flush()
-        yield
+        yield lambda: None
     finally:
         lock.unlink(missing_ok=True)
         file.close()
 
 
 @contextmanager
-def _leased(lease: StoragePath, taken: str) -> Iterator[None]:
+def _leased(lease: StoragePath, taken: str) -> Iterator[Callable[[], None]]:
     owner = _owner()
     deadline = time.monotonic() + _DEAD_AFTER_S
     found = _read(lease)
@@ -109,12 +112,15 @@ def _leased(lease: StoragePath, taken: str) -> Iterator[None]:
                     return
                 lease.write_json({**owner, "renewed": number})
 
+    def check() -> None:
+        if usurper:
+            raise _refusal(taken, usurper[0])
+
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
     try:
-        yield
-        if usurper:
-            raise _refusal(taken, usurper[0])
+        yield check
+        check()
     finally:
         ended.set()
         thread.join()

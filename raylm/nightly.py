@@ -77,7 +77,7 @@ def run_night(settings: Settings, now: datetime, connect: Callable[[], object] =
         raise SettingsError("nightly.jobs is empty: there is nothing to do at night")
     records = StoragePath(settings.storage) / "nightly"
     records.mkdir()
-    with held(records / "lock.json", "another `raylm nightly` is at work ({who}); wait for its end"):
+    with held(records / "lock.json", "another `raylm nightly` is at work ({who}); wait for its end") as check_held:
         left = [
             (day, job) for day in due(nightly, now, records) for job in nightly.jobs if not _is_done(records, day, job)
         ]
@@ -94,6 +94,7 @@ def run_night(settings: Settings, now: datetime, connect: Callable[[], object] =
                 return None
 
             for day, job in left:
+                check_held()
                 record = _run(settings, day, job, connect, refusal if nightly.through == "serve" else lambda: None)
                 (records / day.isoformat() / f"{job.name}.json").write_json(asdict(record))
                 done.append(record)

@@ -162,3 +162,11 @@ def test_on_an_object_store_a_lease_holds_an_output(object_store: str, monkeypat
     start = time.monotonic()
     with claimed_output(target, "key", overwrite=False):
         assert time.monotonic() - start >= 3, "it waited for a sign of life"
+    with pytest.raises(lease.Taken, match="process 2 on elsewhere"), lease.held(target, "taken by {who}") as check:
+        check()
+        target.write_json({"id": "another", "pid": 2, "host": "elsewhere"})  # while this process slept
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            check()
+            time.sleep(0.1)
+        pytest.fail("it was not told")
