@@ -309,8 +309,9 @@ def _prune(run: StoragePath, keep_last: int, step: int) -> None:
 def load(engine: DeepSpeedEngine, average: WeightAverage | None, checkpoint: Checkpoint) -> None:
     """Put a checkpoint into an engine, also of another world size than it was saved by. A collective of all ranks.
 
-    :param average: where one of the weights is kept; the checkpoint has it too.
     The engine has to be built for it: see `needs_conversion`. Files are copied, and converted, once on each machine.
+
+    :param average: where one of the weights is kept; the checkpoint has it too.
     """
     import ray.train
     import torch.distributed as dist
