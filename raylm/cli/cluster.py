@@ -3,25 +3,50 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from raylm.cli.options import with_settings
 from raylm.cli.session import ray_session
-from raylm.cluster.file import CLOUDS
+from raylm.cluster.file import CLOUDS, read
 from raylm.progress import duration
 from raylm.settings import Settings, find_cluster_file
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
 
 TARGETS = (
     "crontab", "systemd", "airflow", "raycluster", "rayjob", "raycronjob", "rayservice", "k8s-cronjob", "prometheus",
     "grafana",
 )  # fmt: skip
+
+address_option = click.option(
+    "--address", help="Of the dashboard. Default: $RAY_API_SERVER_ADDRESS, or that of --cluster, else this machine's."
+)
+
+
+@contextmanager
+def _reached(cluster: str | None, address: str | None) -> Iterator[JobSubmissionClient]:
+    """The Jobs API of a cluster: at an address, else through a tunnel to the head of a file that is named."""
+    from raylm.cluster import jobs
+
+    named = cluster or os.environ.get("RAYLM_CLUSTER")
+    if address or os.environ.get("RAY_API_SERVER_ADDRESS") or not named:
+        yield jobs.connect(address)
+        return
+    from raylm.cluster.tunnel import dashboard
+
+    with dashboard(read(Path(named).expanduser())) as where:
+        yield jobs.connect(where)
 
 
 @click.group()
@@ -71,8 +96,11 @@ def plan(file: Path, as_json: bool) -> None:
 @click.option("--address", required=True, help="Of the cluster: host:port of its head.")
 @click.option("--node-ip", help="This machine's address, as Ray has it. Default: what Ray finds.")
 @click.option("--metadata", help="The address of the cloud's metadata service. Default: its usual one.")
-def watch(cloud: str, address: str, node_ip: str | None, metadata: str | None) -> None:
-    """On a spot machine: drain it when the cloud says that it will be taken away."""
+@click.option("--minutes-without-head", type=float, help="Shut the machine down where the head is away for so long.")
+def watch(
+    cloud: str, address: str, node_ip: str | None, metadata: str | None, minutes_without_head: float | None
+) -> None:
+    """On a machine of a cloud: drain it when that says that it will be taken away; end it with the cluster's head."""
     from ray.util import get_node_ip_address
 
     from raylm.cluster import notices
@@ -83,6 +111,7 @@ def watch(cloud: str, address: str, node_ip: str | None, metadata: str | None) -
         metadata or notices.PLACES[cloud],
         lambda seconds: notices.drain(address, machine, seconds),
         lambda text: click.echo(text, err=True),
+        notices.Head(address, 60 * minutes_without_head) if minutes_without_head else None,
     )
 
 
@@ -107,9 +136,11 @@ def certificate(authority: bool, directory: Path, node_ip: tuple[str, ...]) -> N
 @click.command(context_settings={"allow_interspersed_args": False})
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-@click.option("--address", help="Of the dashboard. Default: $RAY_API_SERVER_ADDRESS, else this machine's.")
+@address_option
 @with_settings
-def submit(settings: Settings, script: str, arguments: tuple[str, ...], address: str | None) -> None:
+def submit(
+    settings: Settings, cluster: str | None, script: str, arguments: tuple[str, ...], address: str | None
+) -> None:
     """Run a script of jobs/ on a running cluster, and follow it to its end.
 
     A second call with the same words joins the job that runs. Options of this command stand before the script.
@@ -119,8 +150,8 @@ def submit(settings: Settings, script: str, arguments: tuple[str, ...], address:
     def echo(text: str) -> None:
         click.echo(text, nl=False)
 
-    client = jobs.connect(address)
-    ended = jobs.submit(client, script, arguments, settings.job, echo, lambda text: click.echo(text, err=True))
+    with _reached(cluster, address) as client:
+        ended = jobs.submit(client, script, arguments, settings.job, echo, lambda text: click.echo(text, err=True))
     sys.exit(ended.exit_code)
 
 
@@ -165,7 +196,7 @@ def collect_logs(settings: Settings, name: str | None) -> None:
     from raylm.storage import StoragePath
 
     place = StoragePath(settings.storage) / "jobs" / (name or f"logs-{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}")
-    with ray_session():
+    with ray_session(join=True):
         collected = collect(place)
     for machine, reason in collected.missed.items():
         click.echo(f"{machine}: {reason}", err=True)
@@ -174,29 +205,30 @@ def collect_logs(settings: Settings, name: str | None) -> None:
 
 @click.command()
 @click.argument("submission_id")
-@click.option("--address", help="Of the dashboard. Default: $RAY_API_SERVER_ADDRESS, else this machine's.")
-def logs(submission_id: str, address: str | None) -> None:
+@click.option("--cluster", type=click.Path(), help="Cluster YAML, to whose head a tunnel is opened.")
+@address_option
+def logs(submission_id: str, cluster: str | None, address: str | None) -> None:
     """Give out what a job prints, from its beginning to its end."""
     from raylm.cluster import jobs
 
-    client = jobs.connect(address)
-    ended = jobs.follow(
-        client, submission_id, lambda text: click.echo(text, nl=False), lambda text: click.echo(text, err=True)
-    )
+    with _reached(cluster, address) as client:
+        ended = jobs.follow(
+            client, submission_id, lambda text: click.echo(text, nl=False), lambda text: click.echo(text, err=True)
+        )
     sys.exit(ended.exit_code)
 
 
 @click.command()
-@click.option("--address", help="Of the dashboard. Default: $RAY_API_SERVER_ADDRESS, else this machine's.")
+@address_option
 @click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
 @with_settings
-def status(settings: Settings, address: str | None, as_json: bool) -> None:
+def status(settings: Settings, cluster: str | None, address: str | None, as_json: bool) -> None:
     """Say which machines of a running cluster are up, what an hour of them costs, and which jobs there are."""
-    from raylm.cluster import jobs
     from raylm.cluster.status import status as find
     from raylm.cluster.status import status_table
 
-    found = find(jobs.connect(address), settings.prices)
+    with _reached(cluster, address) as client:
+        found = find(client, settings.prices)
     click.echo(json.dumps(asdict(found), indent=2) if as_json else status_table(found))
 
 

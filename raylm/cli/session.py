@@ -5,12 +5,18 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from raylm.auth import ensure_token
 from raylm.capacity import NODE_IP
 from raylm.errors import RaylmError
+
+_HELPERS = {
+    "ActorLocationTracker", "AutoscalingCoordinator", "AutoscalingRequester", "DataUsageCollectionActor",
+    "_dataset_stats_actor", "_dataset_stats_summary_actor",
+}  # fmt: skip
+"""The namespaces of Ray Data's detached actors."""
 
 
 @contextmanager
@@ -46,7 +52,29 @@ def ray_session(join: bool = False, with_service: bool = False) -> Iterator[None
     try:
         yield
     finally:
+        if address:
+            _leave_nothing()
         ray.shutdown()
+
+
+def _leave_nothing() -> None:
+    """End what Ray Data has left on this machine, where no other job may use it.
+
+    Its helpers belong to the whole cluster, outlive every job, and stay where the first one ran: that machine would
+    never be idle.
+    """
+    import ray
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    context = ray.get_runtime_context()
+    with suppress(Exception):  # the work is done; a helper that is left costs no result
+        jobs = GcsClient(address=context.gcs_address).get_all_job_info().values()
+        others = [job for job in jobs if not job.is_dead and not job.config.ray_namespace.startswith("_ray_internal")]
+        if len(others) > 1:
+            return
+        for actor in ray.util.list_named_actors(all_namespaces=True):
+            if actor["namespace"] in _HELPERS:
+                ray.kill(ray.get_actor(actor["name"], actor["namespace"]))
 
 
 def _own_machine() -> dict[str, str]:

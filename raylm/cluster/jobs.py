@@ -24,6 +24,8 @@ _RETRY_S = 2.0
 """Between two questions that were not answered."""
 _ANSWER_S = 120.0
 """How long a cluster may not answer: a head that has just started has no agent yet, and a line may be down."""
+_SILENT_S = 30.0
+"""A job may print nothing for so long before its status is asked for."""
 _FAILED, _STOPPED = 1, 130
 """Exit codes of a job that says none, and of one that somebody stopped."""
 
@@ -118,15 +120,31 @@ def follow(
                 echo(fresh)
                 told += len(fresh)
 
+    async def listen_while_it_runs() -> None:
+        """A line to a machine that is gone stays silent for ever: the job's status is asked for meanwhile."""
+        listening, has_ended = asyncio.create_task(listen()), False
+        while not (await asyncio.wait({listening}, timeout=_SILENT_S))[0] and not has_ended:
+            with suppress(RuntimeError, OSError):
+                has_ended = (await asyncio.to_thread(client.get_job_status, submission_id)).is_terminal()
+        listening.cancel()
+        await listening
+
     while True:
         _answered(lambda: client.get_job_status(submission_id), f"job {submission_id}", note)
-        with suppress(RuntimeError, OSError, asyncio.TimeoutError, ClientError), hushed(_CLIENT_LOG, logging.WARNING):
-            asyncio.run(listen())
+        with (
+            suppress(RuntimeError, OSError, asyncio.TimeoutError, asyncio.CancelledError, ClientError),
+            hushed(_CLIENT_LOG, logging.WARNING),
+        ):
+            asyncio.run(listen_while_it_runs())
         info: JobDetails = _answered(lambda: client.get_job_info(submission_id), f"job {submission_id}", note)
         if info.status.is_terminal():
             break
         time.sleep(_RETRY_S)
-    logs: str = _answered(lambda: client.get_job_logs(submission_id), f"job {submission_id}", note)
+    try:
+        logs = _answered(lambda: client.get_job_logs(submission_id), f"job {submission_id}", note)
+    except RaylmError as error:  # the machine that it ran on had it
+        note(f"the rest of what it printed is lost: {error}")
+        logs = ""
     if logs[told:]:
         echo(logs[told:])
     if info.status == "SUCCEEDED":

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
-import socket
 import subprocess
-import sys
-import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
@@ -23,8 +16,8 @@ from typing import TYPE_CHECKING
 from raylm.auth import ensure_token
 from raylm.cluster.check import check
 from raylm.cluster.file import ClusterFile, read
-from raylm.cluster.jobs import DASHBOARD_PORT, Ended, connect, submit
-from raylm.cluster.launching import commands
+from raylm.cluster.jobs import Ended, connect, submit
+from raylm.cluster.tunnel import dashboard, ray_program
 from raylm.errors import RaylmError, SettingsError, first_line
 from raylm.settings import JobSettings, load
 from raylm.storage import StoragePath
@@ -33,10 +26,8 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 _TOKEN = Path("~/.ray/auth_token")
-_TUNNEL_S = 60.0
-_TUNNEL_LOOK_S = 1.0
-_TUNNEL_TRIES = 3
-"""Ends of a tunnel before the head has ever answered through it, after which there will be none."""
+_END_OF_HEAD = 'pkill -g "$(cat ~/ray-head.pid)"; ray stop'
+"""Of the loop that keeps a head alive, as the packaged files begin it, and of what it has started."""
 
 
 def up(path: Path) -> None:
@@ -54,7 +45,8 @@ def down(path: Path) -> None:
 
     :raises RaylmError: Ray's launcher fails; what it said is above.
     """
-    read(path)
+    if read(path).provider == "local":  # whose machines stay: what starts a dead head again would do so now
+        subprocess.run([ray_program(), "exec", str(path), _END_OF_HEAD], stdin=subprocess.DEVNULL, check=False)
     _ray("down", "-y", str(path))
 
 
@@ -84,7 +76,7 @@ def run(
     with _stoppable():
         try:
             _ray("up", "-y", "--no-config-cache", str(path))
-            with _dashboard(cluster) as address:
+            with dashboard(cluster) as address:
                 client = connect(address)
                 ended = submit(client, script, arguments, settings.job, heard, note)
                 name = ended.submission_id
@@ -120,7 +112,7 @@ def _launchable(path: Path) -> ClusterFile:
 
 def _is_up(path: Path) -> bool:
     """Whether a cluster has a head."""
-    words = [_program(), "get-head-ip", str(path)]
+    words = [ray_program(), "get-head-ip", str(path)]
     return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 0
 
 
@@ -154,85 +146,9 @@ def _ensure_token() -> None:
 
 
 def _ray(*words: str) -> None:
-    done = subprocess.run([_program(), *words], stdin=subprocess.DEVNULL, check=False)
+    done = subprocess.run([ray_program(), *words], stdin=subprocess.DEVNULL, check=False)
     if done.returncode:
         raise RaylmError(f"ray {' '.join(words)} failed with exit code {done.returncode}")
-
-
-def _program() -> str:
-    """The `ray` of this very Python."""
-    return str(Path(sys.executable).parent / "ray")
-
-
-@contextlib.contextmanager
-def _dashboard(cluster: ClusterFile) -> Iterator[str]:
-    """The address of a cluster's Jobs API: on this machine, or through a tunnel to the head."""
-    port = DASHBOARD_PORT
-    for _, text in commands(cluster, "head_start_ray_commands"):
-        if found := re.search(r"--dashboard-port[= ](\d+)", text):
-            port = int(found[1])
-    if cluster.provider == "external":
-        yield f"http://127.0.0.1:{port}"
-        return
-    near = _free_port()  # another cluster may be at the head's own here
-    tunnel = [_program(), "dashboard", "--port", str(near), "--remote-port", str(port), str(cluster.path)]
-    with _kept_open(tunnel) as ends:
-        end = time.monotonic() + _TUNNEL_S
-        while not _answers(f"http://127.0.0.1:{near}"):
-            if time.monotonic() > end or len(ends) >= _TUNNEL_TRIES:
-                raise RaylmError(f"{cluster.path}: no tunnel to the head's dashboard; does `ray dashboard` work?")
-            time.sleep(1)
-        yield f"http://127.0.0.1:{near}"
-
-
-@contextlib.contextmanager
-def _kept_open(tunnel: Sequence[str]) -> Iterator[Sequence[int]]:
-    """A command that runs meanwhile; one that ends is started again, as a line that was silent for too long does.
-
-    It gives the exit codes of those that have ended.
-    """
-    ended = threading.Event()
-    ends: list[int] = []
-
-    def keep() -> None:
-        while not ended.is_set():
-            process = subprocess.Popen(
-                tunnel,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            while process.poll() is None and not ended.wait(_TUNNEL_LOOK_S):
-                pass
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-            ends.append(process.wait())
-            ended.wait(_TUNNEL_LOOK_S)
-
-    thread = threading.Thread(target=keep)
-    thread.start()
-    try:
-        yield ends
-    finally:
-        ended.set()
-        thread.join()
-
-
-def _free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
-
-
-def _answers(address: str) -> bool:
-    try:
-        urllib.request.urlopen(f"{address}/api/version", timeout=5).close()
-    except urllib.error.HTTPError:
-        return True  # it asks for a token
-    except OSError:
-        return False
-    return True
 
 
 def _stoppable() -> AbstractContextManager[None]:

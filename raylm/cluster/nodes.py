@@ -74,6 +74,11 @@ def _aws(cluster: ClusterFile, key: Key, node_config: dict[str, Any]) -> Iterato
     shape, instance_types = model
     passed = {name: value for name, value in node_config.items() if name not in _RAYS_OWN["aws"]}
     yield from _shaped(cluster, key, passed, shape)
+    if str(node_config.get("ImageId", "latest_dlami")).lower() == "latest_dlami":
+        yield cluster.error(
+            (*key, "ImageId"), "Ray fills in an image of 2022, too old for torch and for today's GPU drivers",
+            "name one, or resolve:ssm: and AWS's parameter for its newest, as in clusters/aws.yaml",
+        )  # fmt: skip
     kind = node_config.get("InstanceType")
     if isinstance(kind, str) and kind not in instance_types:
         near = nearest(kind, instance_types)

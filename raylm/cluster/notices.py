@@ -1,4 +1,4 @@
-"""What a cloud tells a spot machine before it takes it away, told to Ray: the machine is drained.
+"""What a cloud tells a spot machine before it takes it away, told to Ray: the machine is drained. And a lost head.
 
 Then training writes a checkpoint and goes on with the machines that stay, and nothing new is placed here. The clouds
 say it about two minutes (AWS) or half a minute (Google Cloud, Azure) before:
@@ -10,12 +10,14 @@ https://learn.microsoft.com/azure/virtual-machines/linux/scheduled-events.
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -25,6 +27,8 @@ from raylm.errors import RaylmError, first_line
 _POLL_S = 5.0
 _TIMEOUT_S = 2.0
 _GOOGLE_S = 30.0
+
+_SHUT_DOWN = ("sudo", "shutdown", "-h", "now")
 
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """A proxy would ask about itself."""
@@ -48,11 +52,39 @@ def notice_of(cloud: str, place: str) -> float | None:
     return _google(place) if cloud == "gcp" else _azure(place)
 
 
-def watch(cloud: str, place: str, drain: Callable[[float], None], note: Callable[[str], None]) -> None:
-    """Wait for the notice, and drain; returns when that is done."""
+class Head:
+    """The head of the cluster, which alone ends idle machines: without it they would run on, and cost.
+
+    :param address: `host:port`, where it takes connections.
+    :param patience_s: how long it may be away, as one that is started again is for a while.
+    """
+
+    def __init__(self, address: str, patience_s: float) -> None:
+        host, _, port = address.rpartition(":")
+        self._address, self.patience_s = (host, int(port)), patience_s
+        self._last_heard = time.monotonic()
+
+    def is_lost(self) -> bool:
+        """Whether it has taken no connection for so long."""
+        with suppress(OSError):
+            socket.create_connection(self._address, timeout=_TIMEOUT_S).close()
+            self._last_heard = time.monotonic()
+        return time.monotonic() - self._last_heard > self.patience_s
+
+
+def watch(
+    cloud: str, place: str, drain: Callable[[float], None], note: Callable[[str], None], head: Head | None = None
+) -> None:
+    """Wait for the notice, and drain; returns when that is done.
+
+    :param head: without which this machine is to shut itself down; None: it stays.
+    """
     note(f"watching for a notice of {cloud} at {place}")
     last = ""
     while True:
+        if head and head.is_lost():
+            note(f"the head has not answered for {head.patience_s / 60:.0f} minutes: this machine shuts down")
+            subprocess.run(_SHUT_DOWN, check=False)
         try:
             seconds = notice_of(cloud, place)
             if seconds is not None:

@@ -167,7 +167,9 @@ def train_in_groups(job: TrainingJob, width: Width, progress: Progress, stream: 
 def _trainer(job: TrainingJob, width: Width, relay: ActorHandle, stream: TokenStream | None) -> TorchTrainer:
     from ray.data import ExecutionOptions, ExecutionResources
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from raylm.training.backend import ProcessGroup
 
     run, patience_s = StoragePath(job.run), job.settings.collective_timeout_s
     # A frozen worker answers neither its peers in a collective nor the controller's health checks.
@@ -187,7 +189,7 @@ def _trainer(job: TrainingJob, width: Width, relay: ActorHandle, stream: TokenSt
     return TorchTrainer(
         _worker,
         train_loop_config={"job": job, "relay": relay},
-        torch_config=TorchConfig(backend="nccl" if width.use_gpu else "gloo", timeout_s=math.ceil(patience_s)),
+        torch_config=ProcessGroup(backend="nccl" if width.use_gpu else "gloo", timeout_s=math.ceil(patience_s)),
         datasets=datasets,
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True, resource_limits=read_ahead)),
         scaling_config=ScalingConfig(

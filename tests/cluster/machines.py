@@ -39,17 +39,16 @@ mkdir -p /run/sshd
 {sshd} -D -e -f {place}/sshd_config 2> {place}/sshd.log &
 while :; do wait; sleep 1; done
 """
-# Any key opens them: who has one is not what is tested.
 _SSHD = """
 HostKey {place}/host_key
 PidFile none
 PermitRootLogin yes
+PasswordAuthentication no
 StrictModes no
-AuthorizedKeysCommand /bin/echo %t %k
-AuthorizedKeysCommandUser root
 AcceptEnv *
 Subsystem sftp internal-sftp
 """
+_ANY_KEY = "AuthorizedKeysCommand /bin/echo %t %k\nAuthorizedKeysCommandUser root\n"
 _UV = """#!/bin/sh
 [ "$1" = venv ] && ln -sfn {prefix} ~/venv
 exit 0
@@ -61,10 +60,17 @@ class Machine:
 
     :param users: names under which one may log in; all are root.
     :param environment: what its shells begin with.
+    :param authorized_key: the public key that opens it; None for any.
     """
 
     def __init__(
-        self, switch: Switch, place: Path, address: str, users: tuple[str, ...], environment: Mapping[str, str]
+        self,
+        switch: Switch,
+        place: Path,
+        address: str,
+        users: tuple[str, ...],
+        environment: Mapping[str, str],
+        authorized_key: Path | None,
     ) -> None:
         self.address = address
         self.home = place / "home"
@@ -72,12 +78,13 @@ class Machine:
         (self.home / ".local" / "bin").mkdir(parents=True)
         (place / "ray").mkdir()
         Path("/tmp/ray").mkdir(exist_ok=True)
-        for key in (self.home / ".ssh" / "id_ed25519", place / "host_key"):
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+        make_key(place / "host_key")
+        if authorized_key:
+            shutil.copy(authorized_key, self.home / ".ssh" / "authorized_keys")
         others = [line for line in Path("/etc/passwd").read_text().splitlines() if not line.startswith("root:")]
         own = [f"{user}:x:0:0::{self.home}:/bin/bash" for user in ("root", *users)]
         (place / "passwd").write_text("\n".join([*own, *others, ""]))
-        (place / "sshd_config").write_text(_SSHD.format(place=place))
+        (place / "sshd_config").write_text(_SSHD.format(place=place) + ("" if authorized_key else _ANY_KEY))
         exports = "".join(f"export {name}='{value}'\n" for name, value in environment.items())
         (self.home / ".bashrc").write_text(exports)
         uv = self.home / ".local" / "bin" / "uv"
@@ -109,12 +116,11 @@ class Machine:
 
     def run(self, *words: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
         """A command of this machine's user in the checkout, with the environment of the tests on its path."""
-        line = '. ~/.bashrc; exec "$@"'
+        line = 'cd "$0" && . ~/.bashrc && exec "$@"'  # a process begins at the root of another's mounts
         path = f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}"
         return subprocess.run(
-            self.command("bash", "-c", line, "bash", *words),
+            self.command("bash", "-c", line, str(REPOSITORY), *words),
             env={"PATH": path, "HOME": str(self.home), "LANG": "C.UTF-8"},
-            cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -182,13 +188,17 @@ class Site:
     def __init__(self, directory: Path, users: tuple[str, ...], environment: Mapping[str, str]) -> None:
         self.switch = Switch()
         self.machines: dict[str, Machine] = {}
+        self.authorized_key: Path | None = None
+        """The public key that opens machines; None: any does."""
         self._directory, self._users, self._environment = directory, users, environment
         self._made = 0
 
     def add(self, address: str) -> Machine:
         self._made += 1
         place = self._directory / f"machine-{self._made}"
-        self.machines[address] = Machine(self.switch, place, address, self._users, self._environment)
+        self.machines[address] = Machine(
+            self.switch, place, address, self._users, self._environment, self.authorized_key
+        )
         return self.machines[address]
 
     def remove(self, address: str) -> None:
@@ -214,6 +224,10 @@ def site(directory: Path, *users: str, **environment: str) -> Iterator[Site]:
         yield found
     finally:
         found.stop()
+
+
+def make_key(place: Path) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(place)], check=True)
 
 
 def _wait_for_network_of(process: int) -> None:

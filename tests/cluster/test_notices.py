@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +52,29 @@ def test_a_watch_goes_on_through_silence_and_drains_once(service: str, monkeypat
     assert len(drained) == 1 and 55 <= drained[0] <= 60
     assert sum("trying on" in line for line in said) == 1
     assert said[-1].startswith("this machine will be taken away in")
+
+
+def test_a_machine_whose_head_is_gone_shuts_down(service: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shut = tmp_path / "shut down"
+    monkeypatch.setattr(notices, "_SHUT_DOWN", ("touch", str(shut)))
+    monkeypatch.setattr(notices, "_POLL_S", 0.05)
+    head = socket.create_server(("127.0.0.1", 0))
+    place = f"127.0.0.1:{head.getsockname()[1]}"
+    said: list[str] = []
+    watching = threading.Thread(
+        target=notices.watch,
+        args=("aws", service, lambda _: None, said.append, notices.Head(place, patience_s=0.5)),
+    )
+    watching.start()
+    time.sleep(1.5)
+    assert not shut.exists(), "the head is there"
+    head.close()
+    end = time.monotonic() + 10
+    while not shut.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    Metadata.gone_at = datetime.now(UTC)  # which ends the watch
+    watching.join()
+    assert shut.exists() and "this machine shuts down" in " ".join(said)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 import urllib.request
@@ -14,7 +15,7 @@ import pytest
 import yaml
 
 from raylm.settings import Settings
-from tests.cluster.machines import REPOSITORY, Machine, Site, site
+from tests.cluster.machines import REPOSITORY, Machine, Site, make_key, site
 
 _TOKEN = "7" * 64
 _LAPTOP = "192.168.1.2"
@@ -28,6 +29,7 @@ def _laptop(here: Site) -> Machine:
     token = machine.home / ".ray" / "auth_token"
     token.write_text(_TOKEN)
     token.chmod(0o600)
+    make_key(machine.home / ".ssh" / "id_ed25519")
     return machine
 
 
@@ -50,11 +52,13 @@ def test_machines_of_ones_own(tmp_path: Path, small_settings: Settings) -> None:
 
     def own(values: dict[str, Any]) -> None:
         values["provider"] |= {"head_ip": "192.168.1.10", "worker_ips": ["192.168.1.11", "192.168.1.12"]}
+        values["auth"]["ssh_private_key"] = "~/.ssh/id_ed25519"
         values["metadata"]["raylm"] = _work(small_settings, str(tmp_path / "storage"))
 
     file = _file("onprem.yaml", tmp_path, own)
     with site(tmp_path, "raylm") as here:
         laptop = _laptop(here)
+        here.authorized_key = laptop.home / ".ssh" / "id_ed25519.pub"
         machines = [here.add(f"192.168.1.{number}") for number in (10, 11, 12)]
         up = laptop.run("raylm", "up", file)
         assert up.returncode == 0, up.stdout + up.stderr
@@ -64,20 +68,20 @@ def test_machines_of_ones_own(tmp_path: Path, small_settings: Settings) -> None:
             time.sleep(1)
         assert not any(_TOKEN in line for machine in machines for line in machine.processes())
 
+        submitted = laptop.run("raylm", "submit", "--cluster", file, "jobs/prepare.py")
+        assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+        assert (tmp_path / "storage" / "tokens" / "default" / "manifest.json").exists()
+        status = json.loads(laptop.run("raylm", "status", "--cluster", file, "--json").stdout)
+        assert sum(machine["count"] for machine in status["machines"]) == 3
         refused = laptop.run("raylm", "run", file, "jobs/prepare.py")
         assert refused.returncode == 1 and "its cluster is up already" in refused.stderr
+
         down = laptop.run("raylm", "down", file)
         assert down.returncode == 0, down.stdout + down.stderr
-        assert {machine.address: machine.processes() for machine in machines} == {
-            machine.address: [] for machine in machines
-        }
-
-        ran = laptop.run("raylm", "run", file, "jobs/prepare.py")
-        assert ran.returncode == 0, ran.stdout + ran.stderr
-        assert (tmp_path / "storage" / "tokens" / "default" / "manifest.json").exists()
-        assert {machine.address: machine.processes() for machine in machines} == {
-            machine.address: [] for machine in machines
-        }
+        end = time.monotonic() + 60
+        while left := {machine.address: found for machine in machines if (found := machine.processes())}:
+            assert time.monotonic() < end, left
+            time.sleep(1)
 
 
 # ------------------------------------------------------------------------------------------------ AWS
