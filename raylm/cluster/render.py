@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from raylm.cluster import kubernetes, monitoring
-from raylm.cluster.file import ClusterFile, read
+from raylm.cluster.file import CLOUDS, ClusterFile, read
 from raylm.errors import SettingsError
 from raylm.settings import Settings, load
 
@@ -47,14 +47,13 @@ def render(path: Path, target: str, command: str = "nightly") -> str:
 
 
 def nightly_command(cluster: ClusterFile) -> str:
-    """What starts a night: on this machine, or as a job of a running cluster."""
-    words = ["raylm", "nightly"] if _runs_here(cluster) else ["raylm", "submit"]
-    words += ["--cluster", str(cluster.path.absolute())]
-    return shlex.join(words if _runs_here(cluster) else [*words, "jobs/nightly.py"])
-
-
-def _runs_here(cluster: ClusterFile) -> bool:
-    return cluster.provider == "external"
+    """What starts a night: on this machine, as a job of one's own machines, or on a cluster that is made for it."""
+    file = str(cluster.path.absolute())
+    if cluster.provider == "external":
+        return shlex.join(["raylm", "nightly", "--cluster", file])
+    if cluster.provider in CLOUDS:
+        return shlex.join(["raylm", "run", file, "jobs/nightly.py"])
+    return shlex.join(["raylm", "submit", "--cluster", file, "jobs/nightly.py"])
 
 
 def _directory() -> str:
@@ -146,7 +145,7 @@ def _named_days(text: str) -> str:
 def _airflow(cluster: ClusterFile, settings: Settings) -> str:
     nightly = settings.nightly
     name = f"{cluster.get('cluster_name')}_nightly".replace("-", "_")
-    retries = settings.job.retries if _runs_here(cluster) else 0  # `raylm submit` tries again itself
+    retries = settings.job.retries if cluster.provider == "external" else 0  # the others try again themselves
     return f'''"""Batch jobs of the night, for Airflow 2.4 or newer; put it into the folder of DAGs."""
 
 import pendulum

@@ -168,16 +168,7 @@ def test_cron_takes_its_lines(aws: Path) -> None:
     assert comment.startswith("#") and zone == "CRON_TZ=Europe/Berlin"
     assert line.startswith("30 2 * * 1-5 ")
     command = line.removeprefix("30 2 * * 1-5 ").replace(r"\%", "%")  # as cron undoes it
-    assert shlex.split(command) == [
-        "cd",
-        str(Path.cwd()),
-        "&&",
-        "raylm",
-        "submit",
-        "--cluster",
-        str(aws),
-        "jobs/nightly.py",
-    ]
+    assert shlex.split(command) == ["cd", str(Path.cwd()), "&&", "raylm", "run", str(aws), "jobs/nightly.py"]
 
 
 def test_systemd_takes_its_units(aws: Path) -> None:
@@ -209,7 +200,7 @@ def test_airflow_takes_a_program(aws: Path) -> None:
     text = render(aws, "airflow")
     compile(text, "dag.py", "exec")
     assert "schedule='30 2 * * 1-5'" in text and "tz='Europe/Berlin'" in text
-    assert "retries=0" in text, "`raylm submit` tries again itself"
+    assert "retries=0" in text, "`raylm run` tries again itself"
     assert f"cwd={str(Path.cwd())!r}" in text
 
 
