@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 _TOKEN = Path("~/.ray/auth_token")
-_END_OF_HEAD = 'pkill -g "$(cat ~/ray-head.pid)"; ray stop'
-"""Of the loop that keeps a head alive, as the packaged files begin it, and of what it has started."""
 
 
 def up(path: Path) -> None:
@@ -45,8 +44,9 @@ def down(path: Path) -> None:
 
     :raises RaylmError: Ray's launcher fails; what it said is above.
     """
-    if read(path).provider == "local":  # whose machines stay: what starts a dead head again would do so now
-        subprocess.run([ray_program(), "exec", str(path), _END_OF_HEAD], stdin=subprocess.DEVNULL, check=False)
+    cluster = read(path)
+    if cluster.provider == "local":
+        _stop_ray(cluster)
     _ray("down", "-y", str(path))
 
 
@@ -137,6 +137,26 @@ def _keep_logs(
             note(f"the machines' logs are lost: {' '.join(''.join(said).split())[-500:]}")
     except RaylmError as error:
         note(f"the machines' logs are lost: {error}")
+
+
+def _stop_ray(cluster: ClusterFile) -> None:
+    """End Ray on machines of one's own, which stay: Ray's launcher leaves it running on all but the head.
+
+    They are told by the head, which reaches them; of the head itself, what would start it again ends first, as the
+    packaged files begin it.
+    """
+    user, key = cluster.get("auth", "ssh_user"), "-i ~/ray_bootstrap_key.pem" if _has_key(cluster) else ""
+    ssh = f"ssh -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o ConnectTimeout=10 {key}"
+    stop = shlex.quote("bash -i -c 'ray stop'")
+    workers = [
+        f"{ssh} {user}@{address} {stop} 2> /dev/null &" for address in cluster.get("provider", "worker_ips", default=[])
+    ]
+    ends = " ".join([*workers, "wait;", 'pkill -g "$(cat ~/ray-head.pid)";', "ray stop"])
+    subprocess.run([ray_program(), "exec", str(cluster.path), ends], stdin=subprocess.DEVNULL, check=False)
+
+
+def _has_key(cluster: ClusterFile) -> bool:
+    return cluster.get("auth", "ssh_private_key") is not None
 
 
 def _ensure_token() -> None:

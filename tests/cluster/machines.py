@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TypeVar
 
 import pytest
@@ -118,15 +119,20 @@ class Machine:
         """A command of this machine's user in the checkout, with the environment of the tests on its path."""
         line = 'cd "$0" && . ~/.bashrc && exec "$@"'  # a process begins at the root of another's mounts
         path = f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}"
-        return subprocess.run(
-            self.command("bash", "-c", line, str(REPOSITORY), *words),
-            env={"PATH": path, "HOME": str(self.home), "LANG": "C.UTF-8"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
+        # Into files: an ssh that shares its connection stays for a while, and would keep pipes open.
+        with TemporaryFile("w+") as output, TemporaryFile("w+") as errors:
+            done = subprocess.run(
+                self.command("bash", "-c", line, str(REPOSITORY), *words),
+                env={"PATH": path, "HOME": str(self.home), "LANG": "C.UTF-8"},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                timeout=timeout_s,
+                check=False,
+            )
+            output.seek(0)
+            errors.seek(0)
+            return subprocess.CompletedProcess(done.args, done.returncode, output.read(), errors.read())
 
     def processes(self) -> list[str]:
         """The command lines of what runs on it, but for its own beginning and sshd."""
