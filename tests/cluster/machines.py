@@ -38,7 +38,14 @@ ip address add {address} dev eth0
 ip route add default dev eth0
 mkdir -p /run/sshd
 {sshd} -D -e -f {place}/sshd_config 2> {place}/sshd.log &
-while :; do wait; sleep 1; done
+exec {python} -S -c '
+import os, time
+while True:  # a first process lays the orphans to rest
+    try:
+        os.wait()
+    except ChildProcessError:
+        time.sleep(0.1)
+'
 """
 _SSHD = """
 HostKey {place}/host_key
@@ -94,7 +101,11 @@ class Machine:
         self._process = subprocess.Popen(
             [
                 *("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
-                *("sh", "-ec", _BOOT.format(place=place, address=address, sshd=shutil.which("sshd"))),
+                *(
+                    "sh",
+                    "-ec",
+                    _BOOT.format(place=place, address=address, sshd=shutil.which("sshd"), python=sys.executable),
+                ),
             ],
             stdin=subprocess.DEVNULL,
             env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8"},
@@ -137,7 +148,7 @@ class Machine:
     def processes(self) -> list[str]:
         """The command lines of what runs on it, but for its own beginning and sshd."""
         lines = self.run("ps", "-eo", "args", "--no-headers").stdout.splitlines()
-        own = ("sh -ec", "sshd", f"{shutil.which('sshd')} ", "ps -eo", "sleep 1")
+        own = (f"{sys.executable} -S -c", "sshd", f"{shutil.which('sshd')} ", "ps -eo")
         return [line for line in lines if not line.startswith(own)]
 
     def stop(self) -> None:
