@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import urllib.request
@@ -14,6 +15,7 @@ import pytest
 
 from tests.cluster.conftest import REPOSITORY
 
+IMAGE = "ami-004d285ecf53fb335"
 boto3 = pytest.importorskip("boto3")
 server = pytest.importorskip("moto.server")
 
@@ -58,7 +60,8 @@ def own_file(aws: dict[str, str], directory: Path) -> Path:
         iam.create_role(RoleName=name, AssumeRolePolicyDocument="{}")
         iam.create_instance_profile(InstanceProfileName=name)
         iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
-    text = (REPOSITORY / "clusters" / "aws.yaml").read_text()
+    client(aws, "ssm").put_parameter(Name="/raylm/image", Value=IMAGE, Type="String")
+    text = re.sub(r"resolve:ssm:\S+", "resolve:ssm:/raylm/image", (REPOSITORY / "clusters" / "aws.yaml").read_text())
     text = text.replace("subnet-0123456789abcdef0", subnet["Subnet"]["SubnetId"])
     path = directory / "aws.yaml"
     path.write_text(text.replace("sg-0123456789abcdef0", group))
@@ -89,7 +92,7 @@ def test_what_is_made_is_closed_and_has_few_rights(aws: dict[str, str], tmp_path
     up = command(aws, "raylm", "up", str(path))
     assert up.returncode == 0, up.stdout[-3_000:] + up.stderr[-3_000:]
     [head] = instances(aws)
-    assert head["InstanceType"] == "m6i.xlarge"
+    assert (head["InstanceType"], head["ImageId"]) == ("m6i.xlarge", IMAGE)
     assert head["IamInstanceProfile"]["Arn"].endswith("raylm-head")
 
     for group in client(aws, "ec2").describe_security_groups()["SecurityGroups"]:
@@ -119,4 +122,14 @@ def test_a_run_that_fails_leaves_no_machine(aws: dict[str, str], tmp_path: Path)
     assert "no tunnel to the head's dashboard" in found.stderr
     assert "Traceback" not in found.stderr
     assert client(aws, "ec2").describe_instances()["Reservations"]  # one was there
+    assert instances(aws) == []
+
+
+def test_an_image_that_nobody_keeps_is_named(aws: dict[str, str], tmp_path: Path) -> None:
+    path = own_file(aws, tmp_path)
+    path.write_text(path.read_text().replace("/raylm/image", "/raylm/imagf"))
+    found = command(aws, "raylm", "up", str(path))
+    assert found.returncode == 1
+    assert "node_config.ImageId: resolve:ssm:/raylm/imagf: " in found.stderr
+    assert "Traceback" not in found.stderr
     assert instances(aws) == []

@@ -91,6 +91,47 @@ def test_a_job_outlives_its_head_and_a_worker(tmp_path: Path, small_settings: Se
         wait_for("a machine that computes", lambda: bool(computing(cluster)), job)
         kill(cluster.processes_of(computing(cluster)[0]))
         assert job.wait(timeout=240) == 0, (tmp_path / "log").read_text()[-3_000:]
+        end = time.monotonic() + 90
+        while cluster.workers():  # that of the job's own process, too: nothing of it is left to keep it busy
+            assert time.monotonic() < end, [names(cluster, node) for node in cluster.workers()]
+            time.sleep(1)
     answered = pq.read_table(result)
     assert answered["id"].to_pylist() == list(range(ROWS))
     assert answered["translation"].null_count == 0
+
+
+_WAITING = """
+import pathlib, sys, time
+begun = pathlib.Path(sys.argv[1])
+if not begun.exists():
+    begun.touch()
+    time.sleep(600)
+print("done", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_job_whose_machine_falls_silent_is_tried_again(tmp_path: Path, small_settings: Settings) -> None:
+    """A machine that is cut off closes no connection, as one that is killed does."""
+
+    def tried_twice(values: dict[str, Any]) -> None:
+        with_a_driver(values)
+        values["metadata"]["raylm"]["job"]["retries"] = 1
+
+    script, begun = tmp_path / "job.py", tmp_path / "begun"
+    script.write_text(f"#!{sys.executable}\n{_WAITING}")
+    script.chmod(0o755)
+    cluster = Cluster(tmp_path, small_settings, "127.77.8", tried_twice)
+    with cluster.running():
+        job = subprocess.Popen(
+            [sys.executable, "-m", "raylm", "submit", "--cluster", str(cluster.file), str(script), str(begun)],
+            env=cluster.environment, cwd=REPOSITORY, text=True,
+            stdout=(tmp_path / "log").open("w"), stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        wait_for("a job that waits", begun.exists, job)
+        [driver] = cluster.provider.non_terminated_nodes({TAG_RAY_USER_NODE_TYPE: "driver"})
+        for process in cluster.processes_of(driver):
+            process.suspend()
+        assert job.wait(timeout=400) == 0, (tmp_path / "log").read_text()[-3_000:]
+    said = (tmp_path / "log").read_text()
+    assert "attempt 2 of 2" in said and said.rstrip().endswith("done"), said

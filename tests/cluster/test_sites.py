@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 import urllib.request
@@ -20,6 +21,12 @@ from tests.cluster.machines import REPOSITORY, Machine, Site, make_key, site
 _TOKEN = "7" * 64
 _LAPTOP = "192.168.1.2"
 _CLOUD = "192.168.1.3"
+_JOB = """
+import subprocess, sys
+subprocess.run(["raylm", "prepare"], check=True)  # by the settings that the launcher left
+print("prepared", flush=True)
+sys.exit(7)
+"""
 _BUCKET = f"s3://raylm/storage?endpoint_override={_CLOUD}:5000&scheme=http&region=eu-central-1"
 
 
@@ -152,13 +159,14 @@ def _owned(cloud: _Cloud) -> tuple[str, str]:
         iam.create_role(RoleName=name, AssumeRolePolicyDocument="{}")
         iam.create_instance_profile(InstanceProfileName=name)
         iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
+    cloud.client("ssm").put_parameter(Name="/raylm/image", Value="ami-004d285ecf53fb335", Type="String")
     cloud.client("s3").create_bucket(Bucket="raylm", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
     return subnet["Subnet"]["SubnetId"], group
 
 
 @pytest.mark.slow
 def test_a_job_on_aws(tmp_path: Path, small_settings: Settings) -> None:
-    """`raylm run clusters/aws.yaml`: machines come for the job and all end with it, also with one that fails."""
+    """`raylm run clusters/aws.yaml` with a job that works and then fails: all machines that came for it end with it."""
     pytest.importorskip("boto3")
     pytest.importorskip("moto.server")
     environment = {
@@ -172,30 +180,28 @@ def test_a_job_on_aws(tmp_path: Path, small_settings: Settings) -> None:
         with cloud.kept():
             subnet, group = here.switch.inside(lambda: _owned(cloud))
 
-            def own(values: dict[str, Any]) -> None:
+            def theirs(values: dict[str, Any]) -> None:
                 for kind in values["available_node_types"].values():
-                    kind["node_config"] |= {"SubnetIds": [subnet], "SecurityGroupIds": [group]}
+                    own = {"SubnetIds": [subnet], "SecurityGroupIds": [group], "ImageId": "resolve:ssm:/raylm/image"}
+                    kind["node_config"] |= own
                     kind["resources"]["CPU"] = min(kind["resources"]["CPU"], 2)  # what is here to be shared
                 values["available_node_types"]["cpu"]["max_workers"] = 1
-                own_settings = values["metadata"]["raylm"] | _work(small_settings, _BUCKET)
-                values["metadata"]["raylm"] = own_settings
+                values["metadata"]["raylm"] |= _work(small_settings, _BUCKET)
+                values["metadata"]["raylm"]["job"]["retries"] = 0
 
-            file = _file("aws.yaml", tmp_path, own)
-            laptop = _laptop(here)
-            ran = laptop.run("raylm", "run", file, "jobs/prepare.py", timeout_s=600)
-            assert ran.returncode == 0, ran.stdout[-5_000:] + ran.stderr[-5_000:]
-            made = {instance["InstanceType"] for instance in cloud.instances()}
-            assert made >= {"m6i.xlarge", "m6i.8xlarge"}
+            file = _file("aws.yaml", tmp_path, theirs)
+            job = tmp_path / "job.py"
+            job.write_text(f"#!{sys.executable}\n{_JOB}")
+            job.chmod(0o755)
+            ran = _laptop(here).run("raylm", "run", file, str(job), timeout_s=600)
+            assert ran.returncode == 7, ran.stdout[-5_000:] + ran.stderr[-5_000:]
+            assert "prepared\n" in ran.stdout
             assert cloud.running() == []
 
+            tags = [tag for instance in cloud.instances() for tag in instance["Tags"]]
+            assert {tag["Value"] for tag in tags if tag["Key"] == "ray-user-node-type"} >= {"head", "driver"}
             listed = here.switch.inside(lambda: cloud.client("s3").list_objects_v2(Bucket="raylm"))["Contents"]
-            keys = [entry["Key"] for entry in listed]
-            assert "storage/tokens/default/manifest.json" in keys
-            assert [key for key in keys if key.startswith("storage/jobs/prepare-") and key.endswith(".log")]
-
-            failed = laptop.run(
-                "raylm", "run", file, "jobs/pretrain.py", "--set", "pretrain.learning_rate=-1", timeout_s=600
-            )
-            assert failed.returncode == 1, failed.stdout[-5_000:] + failed.stderr[-5_000:]
-            assert "pretrain.learning_rate" in failed.stdout + failed.stderr
-            assert cloud.running() == []
+            keys = [entry["Key"].removeprefix("storage/") for entry in listed]
+            assert "tokens/default/manifest.json" in keys
+            kept = [key for key in keys if key.startswith("jobs/raylm-job-")]
+            assert [key for key in kept if key.endswith(".log")] and [key for key in kept if key.endswith(".tar.gz")]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import boto3
+import click
 from botocore.exceptions import BotoCoreError, ClientError
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 
 from raylm.cluster.providers.spot import SpotFallback
-from raylm.errors import SettingsError, first_line
+from raylm.errors import first_line
 
 _PARAMETER = "resolve:ssm:"
 """What begins an ImageId that names a parameter of AWS's Systems Manager in the place of an image."""
@@ -22,7 +23,7 @@ class AwsProvider(SpotFallback, AWSNodeProvider):  # type: ignore[misc]
     def bootstrap_config(cls, cluster_config: dict[str, Any]) -> dict[str, Any]:
         """As the bases do it, with images in the place of their parameters: workers get the ones that the head got.
 
-        :raises SettingsError: there is no such parameter, or it may not be read.
+        :raises click.ClickException: there is no such parameter, or it may not be read; Ray's command line tells it so.
         """
         return super().bootstrap_config(_with_images(cluster_config))
 
@@ -41,7 +42,7 @@ def _with_images(config: dict[str, Any]) -> dict[str, Any]:
                 found = asked.get_parameter(Name=image.removeprefix(_PARAMETER))
             except (BotoCoreError, ClientError) as error:
                 where = f"available_node_types.{name}.node_config.ImageId"
-                raise SettingsError(f"{where}: {image}: {first_line(error)}") from error
+                raise click.ClickException(f"{where}: {image}: {first_line(error)}") from error
             images[image] = found["Parameter"]["Value"]
         node_config["ImageId"] = images[image]
     return config
