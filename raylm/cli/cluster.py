@@ -96,7 +96,11 @@ def plan(file: Path, as_json: bool) -> None:
 @click.option("--address", required=True, help="Of the cluster: host:port of its head.")
 @click.option("--node-ip", help="This machine's address, as Ray has it. Default: what Ray finds.")
 @click.option("--metadata", help="The address of the cloud's metadata service. Default: its usual one.")
-@click.option("--minutes-without-head", type=float, help="Shut the machine down where the head is away for so long.")
+@click.option(
+    "--minutes-without-head",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Shut the machine down where the head is away for so long.",
+)
 def watch(
     cloud: str, address: str, node_ip: str | None, metadata: str | None, minutes_without_head: float | None
 ) -> None:

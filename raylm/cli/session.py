@@ -69,12 +69,13 @@ def _leave_nothing() -> None:
     context = ray.get_runtime_context()
     with suppress(Exception):  # the work is done; a helper that is left costs no result
         jobs = GcsClient(address=context.gcs_address).get_all_job_info().values()
-        others = [job for job in jobs if not job.is_dead and not job.config.ray_namespace.startswith("_ray_internal")]
-        if len(others) > 1:
+        alive = [job for job in jobs if not job.is_dead and not job.config.ray_namespace.startswith("_ray_internal")]
+        if len(alive) > 1:
             return
         for actor in ray.util.list_named_actors(all_namespaces=True):
             if actor["namespace"] in _HELPERS:
-                ray.kill(ray.get_actor(actor["name"], actor["namespace"]))
+                with suppress(ValueError):  # it has ended by itself
+                    ray.kill(ray.get_actor(actor["name"], actor["namespace"]))
 
 
 def _own_machine() -> dict[str, str]:

@@ -146,8 +146,11 @@ def _stop_ray(cluster: ClusterFile) -> None:
     packaged files begin it.
     """
     user, key = cluster.get("auth", "ssh_user"), "-i ~/ray_bootstrap_key.pem" if _has_key(cluster) else ""
-    ssh = f"ssh -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o ConnectTimeout=10 {key}"
-    stop = shlex.quote("bash -i -c 'ray stop'")
+    ssh = (
+        "ssh -n -o BatchMode=yes -o LogLevel=ERROR -o ConnectTimeout=10 -o StrictHostKeyChecking=no"
+        f" -o UserKnownHostsFile=/dev/null {key}"
+    )
+    stop = shlex.quote("bash -i -c 'ray stop' 2> /dev/null")
     workers = [
         f"{ssh} {user}@{address} {stop} 2> /dev/null &" for address in cluster.get("provider", "worker_ips", default=[])
     ]

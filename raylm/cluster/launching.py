@@ -9,6 +9,7 @@ from typing import Any
 
 from raylm.cluster.file import ClusterFile, Finding, Key
 from raylm.cluster.nodes import is_spot
+from raylm.settings import Settings, problems
 from raylm.settings.loading import BOOTSTRAP_CONFIG
 
 _LISTS = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
@@ -63,10 +64,13 @@ def _starts(cluster: ClusterFile) -> Iterator[Finding]:
 
 def _off_the_head(cluster: ClusterFile) -> Iterator[Finding]:
     """Jobs' own processes that find no machine, or not their settings, which Ray leaves on the head alone."""
-    wanted = cluster.get("metadata", "raylm", "job", "entrypoint_resources")
-    if not isinstance(wanted, dict) or not wanted:
+    values = cluster.mapping("metadata", "raylm")
+    if any(True for _ in problems(values)):  # which are told elsewhere
         return
+    wanted = Settings.model_validate(values).job.entrypoint_resources
     key = ("metadata", "raylm", "job", "entrypoint_resources")
+    if not wanted:
+        return
     able = [name for name in cluster.node_types if _can(cluster.node_types[name], wanted)]
     if cluster.node_types and not able:
         yield cluster.error(key, f"no machine has {', '.join(sorted(wanted))}; jobs would wait for ever",
@@ -78,7 +82,7 @@ def _off_the_head(cluster: ClusterFile) -> Iterator[Finding]:
                             f"say cluster_synced_files: [{BOOTSTRAP_CONFIG}]")  # fmt: skip
 
 
-def _can(node_type: dict[str, Any], wanted: dict[str, Any]) -> bool:
+def _can(node_type: dict[str, Any], wanted: dict[str, float]) -> bool:
     """Whether a machine has some resources; CPUs and memory that a file does not name, Ray finds there itself."""
     resources = node_type.get("resources") or {}
     return all(

@@ -57,11 +57,14 @@ class Head:
 
     :param address: `host:port`, where it takes connections.
     :param patience_s: how long it may be away, as one that is started again is for a while.
+    :raises RaylmError: the address is none.
     """
 
     def __init__(self, address: str, patience_s: float) -> None:
         host, _, port = address.rpartition(":")
-        self._address, self.patience_s = (host, int(port)), patience_s
+        if not host or not port.isdecimal():
+            raise RaylmError(f"--address: found '{address}', say host:port of the cluster's head")
+        self._address, self.patience_s = (host.strip("[]"), int(port)), patience_s
         self._last_heard = time.monotonic()
 
     def is_lost(self) -> bool:
@@ -82,10 +85,10 @@ def watch(
     note(f"watching for a notice of {cloud} at {place}")
     last = ""
     while True:
-        if head and head.is_lost():
-            note(f"the head has not answered for {head.patience_s / 60:.0f} minutes: this machine shuts down")
-            subprocess.run(_SHUT_DOWN, check=False)
         try:
+            if head and head.is_lost():
+                note(f"the head has not answered for {head.patience_s / 60:.0f} minutes: this machine shuts down")
+                subprocess.run(_SHUT_DOWN, check=False)
             seconds = notice_of(cloud, place)
             if seconds is not None:
                 note(f"this machine will be taken away in {seconds:.0f} s")

@@ -13,6 +13,11 @@ from raylm.cluster.file import CLOUDS, ClusterFile, read
 from raylm.errors import SettingsError
 from raylm.settings import Settings, load
 
+_UNSTOPPED = """# The command alone is told to stop, and has time for ending all machines.
+KillMode=mixed
+TimeoutStopSec=30min
+"""
+
 _DAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 ON_KUBERNETES: dict[str, Callable[[ClusterFile, Settings, str], list[kubernetes.Resource]]] = {
@@ -84,7 +89,7 @@ After=network-online.target
 Type=oneshot
 WorkingDirectory={_directory().replace("%", "%%")}
 ExecStart=/usr/bin/env {nightly_command(cluster).replace("%", "%%")}
-
+{_UNSTOPPED if cluster.provider in CLOUDS else ""}
 # {name}.timer, beside it; `systemctl enable --now {name}.timer`
 [Unit]
 Description=Every night

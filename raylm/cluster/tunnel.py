@@ -38,7 +38,7 @@ def dashboard(cluster: ClusterFile) -> Iterator[str]:
     for _, text in commands(cluster, "head_start_ray_commands"):
         if found := re.search(r"--dashboard-port[= ](\d+)", text):
             port = int(found[1])
-    if cluster.provider in ("external", "kuberay") or _is_head_of(cluster):
+    if cluster.provider in ("external", "kuberay") or (_has_file_of(cluster) and _answers(f"http://127.0.0.1:{port}")):
         yield f"http://127.0.0.1:{port}"
         return
     near = _free_port()  # another cluster may be at the head's own here
@@ -86,8 +86,8 @@ def _kept_open(tunnel: Sequence[str]) -> Iterator[Sequence[int]]:
         thread.join()
 
 
-def _is_head_of(cluster: ClusterFile) -> bool:
-    """Whether this machine is where `ray up` has left the cluster's file."""
+def _has_file_of(cluster: ClusterFile) -> bool:
+    """Whether this machine is one of the cluster's, on which its file was left."""
     left = BOOTSTRAP_CONFIG.expanduser()
     if not left.is_file():
         return False

@@ -17,8 +17,8 @@ WORK = "_work"
 """Below the artifact: what the steps wrote, so that a second start, or a changed setting, redoes only what it must."""
 _FORMAT = 4
 """Raised when the same input and settings give other bytes than before."""
-_ROOT_SHARE = 0.25
-"""Parts have 250 MB in a corpus of a terabyte, and what `shard_mb` says below four gigabytes."""
+_LARGE_BYTES = 4e9
+"""Of a corpus whose parts hold what `shard_mb` says; those of a larger one hold more: of a terabyte 16 times as much."""
 _CLEAN = {"clean", "filters", "pair_filters", "pii", "keep_dropped"}
 _MERGE = {"validation", "shard_mb", "decontaminate"}
 _MINHASH = ("fuzzy", "shingle_words", "bands", "rows_per_band")
@@ -30,9 +30,9 @@ def part_bytes(total: float, shard_mb: float) -> float:
     """How much of a corpus is sorted at once: what a shard holds, and in a large corpus more.
 
     Every part of the corpus is read from each of the runs that it was first written in. While both grow with the root
-    of its size, the number of these reads grows with the size alone, and not with its square.
+    of its size, as units do (`sources`), the number of these reads grows with the size alone, and not with its square.
     """
-    return max(shard_mb * 1e6, _ROOT_SHARE * math.sqrt(total * 1e6))
+    return shard_mb * 1e6 * max(math.sqrt(total / _LARGE_BYTES), 1)
 
 
 @dataclass(frozen=True)

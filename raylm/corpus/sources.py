@@ -6,6 +6,7 @@ however they are cut, and what comes after puts records in order by a hash of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -34,7 +35,7 @@ from raylm.storage import StoragePath, cache_directory, find_files, fingerprint
 from raylm.tasks import CLASSIFY
 
 STREAM_UNIT_BYTES = _MIN_UNIT_BYTES = 8 << 20
-_MAX_UNIT_BYTES = 256 << 20
+_MAX_UNIT_BYTES = 256 << 20  # of a terabyte; of more, units grow with the root of the size, as parts do (`plan`)
 _WANTED_UNITS = 4_096
 _MANY_FILES = 1_000
 """A source with more files has several small ones in a unit."""
@@ -134,8 +135,8 @@ def plan_units(corpus: CorpusSettings, unit_bytes: int | None = None) -> list[Un
 
 def _unit_bytes(total: int) -> int:
     """The size of a unit: a power of two, so that a corpus that grows a little is cut as before."""
-    size = _MIN_UNIT_BYTES
-    while size < min(total / _WANTED_UNITS, _MAX_UNIT_BYTES):
+    size, most = _MIN_UNIT_BYTES, _MAX_UNIT_BYTES * max(math.sqrt(total / 2**40), 1)
+    while size < min(total / _WANTED_UNITS, most):
         size *= 2
     return size
 

@@ -35,7 +35,7 @@ from raylm.settings import BatchSettings, DecodeSettings
 from raylm.storage import StoragePath, at_once, fingerprint, persistently
 from raylm.tasks import CLASSIFY, TASKS, Task
 
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 """Raised when the same model and settings would give other answers than before."""
 
 _LEAST_CHUNKS = 8
@@ -139,7 +139,9 @@ def plan_job(
     :raises InputError: a file is unreadable, has no fitting column, or already has a result column.
     """
     results = result_schema(TASKS[prompt.task], settings.decode.scores)
-    tables = at_once(lambda file: open_table(file, work), files)
+    footers = [file for file in files if file.format == "parquet"]  # other formats are read as a whole, one by one
+    opened = dict(zip(footers, at_once(lambda file: open_table(file, work), footers), strict=True))
+    tables = [opened.get(file) or open_table(file, work) for file in files]
     chosen, rows = [], []
     left = limit
     for table in tables:

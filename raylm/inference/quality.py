@@ -6,12 +6,12 @@ import re
 
 from raylm.inference.answers import Row
 from raylm.inference.prompts import Prompt
-from raylm.language import HANGUL, IDEOGRAPHS, KANA, is_known, likeliest, same_language
+from raylm.language import IDEOGRAPHS, KANA, is_known, likeliest, same_language
 from raylm.tasks import CLASSIFY, TRANSLATE
 
 EMPTY, COPIED, REPEATS, WRONG_LANGUAGE = "empty", "copied", "repeats", "wrong_language"
 
-_SIGNS = KANA + IDEOGRAPHS + HANGUL
+_SIGNS = f"{KANA}{IDEOGRAPHS}\uac00-\ud7af"  # single jamo are written to laugh
 _UNIT = re.compile(rf"[{_SIGNS}]|[^\W\d_{_SIGNS}]+|\d+")
 """A word, or a sign of a script that writes words without spaces."""
 _LONGEST_LOOP = 12

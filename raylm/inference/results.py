@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raylm.errors import RaylmError, from_plain, to_plain
+from raylm.errors import RaylmError, first_line, from_plain, to_plain
 from raylm.inference.chunks import Chunk, Job, read_chunk, read_part
-from raylm.inference.io import InputFile, format_of
+from raylm.inference.io import InputFile, InputTable, format_of
 from raylm.inference.output import write_output
 from raylm.storage import MANIFEST, Manifest, StoragePath
 
@@ -53,18 +53,22 @@ class _Tally:
             self.tokens[name] += pc.sum(part[name]).as_py() or 0
 
 
-def assemble(job: Job, files: list[InputFile], places: list[StoragePath], work: StoragePath) -> Manifest:
+def assemble(
+    job: Job, files: list[InputFile], places: list[StoragePath], work: StoragePath, has_machines: bool = False
+) -> Manifest:
     """What the manifest says of the outputs, each published whole, streamed from its input and its parts.
 
     :param places: of the outputs, one for each file.
     :param work: the job's directory, whose manifest of an earlier job names outputs that may be no more.
+    :param has_machines: those that answered the job are free for putting much of it together.
     :raises OutputError: a place is read-only or full; whatever was there before stays.
     """
     old = Manifest.read(work)
     (work / MANIFEST).delete()
     tally = _Tally()
     outputs = []
-    for output, counted in _written(job, places):
+    is_shared = has_machines and len(places) > 1 and job.rows >= _SHARED_ROWS
+    for output, counted in _written_by_all(job, places) if is_shared else _written(job, places):
         outputs.append(output)
         tally.update(counted)
     kept = {output["path"] for output in outputs}
@@ -86,50 +90,68 @@ def assemble(job: Job, files: list[InputFile], places: list[StoragePath], work: 
     )
 
 
-def _written(job: Job, places: list[StoragePath]) -> Iterator[tuple[dict[str, Any], _Tally]]:
-    """Each output as it is published, in order: by this process, or where there is much of it by all machines."""
-    by_file: list[list[Chunk]] = [[] for _ in places]
-    for chunk in job.chunks:
-        by_file[chunk.file].append(chunk)
-    work = enumerate(zip(by_file, places, strict=True))
-    if not _is_shared(job):
-        for number, (chunks, place) in work:
-            yield _write(job, number, chunks, place)
-        return
+_Written = tuple[dict[str, Any], _Tally]
+"""An output, and what was counted on its way."""
+
+
+def _written(job: Job, places: list[StoragePath]) -> Iterator[_Written]:
+    """Each output as it is published, in order."""
+    for table, chunks, place in zip(job.tables, _by_file(job), places, strict=True):
+        yield _write(job, table, chunks, place)
+
+
+def _written_by_all(job: Job, places: list[StoragePath]) -> Iterator[_Written]:
+    """The same, by all machines at once.
+
+    :raises RaylmError: one cannot be written, or its machine is lost too often.
+    """
     import ray
+    import ray.exceptions
 
     write = ray.remote(num_cpus=1)(_write_or_say_why)
-    shared = ray.put(replace(job, chunks=()))
-    for task in [write.remote(shared, number, chunks, place) for number, (chunks, place) in work]:
-        found = ray.get(task)
-        if isinstance(found, dict):
-            raise from_plain(found)
-        yield found
+    shared = ray.put(replace(job, chunks=(), tables=()))
+    tasks = [
+        write.remote(shared, table, chunks, place)
+        for table, chunks, place in zip(job.tables, _by_file(job), places, strict=True)
+    ]
+    try:
+        for task in tasks:
+            found = ray.get(task)
+            if isinstance(found, dict):
+                raise from_plain(found)
+            yield found
+    except ray.exceptions.RayError as error:
+        raise RaylmError(
+            f"batch-{job.task.name}: an output was not written: {first_line(error)};"
+            " what is done is kept, the same command goes on from there"
+        ) from error
+    finally:
+        for task in tasks:  # nothing is published after its job has ended
+            ray.cancel(task, force=True)
 
 
-def _is_shared(job: Job) -> bool:
-    if len(job.tables) == 1 or job.rows < _SHARED_ROWS:
-        return False
-    import ray
-
-    return bool(ray.is_initialized())  # not where all had been answered by an earlier run
+def _by_file(job: Job) -> list[list[Chunk]]:
+    found: list[list[Chunk]] = [[] for _ in job.tables]
+    for chunk in job.chunks:
+        found[chunk.file].append(chunk)
+    return found
 
 
 def _write_or_say_why(
-    job: Job, number: int, chunks: list[Chunk], place: StoragePath
-) -> tuple[dict[str, Any], _Tally] | dict[str, Any]:
+    job: Job, table: InputTable, chunks: list[Chunk], place: StoragePath
+) -> _Written | dict[str, Any]:
     """`_write` as a task of Ray, without Ray's stack traces."""
     try:
-        return _write(job, number, chunks, place)
+        return _write(job, table, chunks, place)
     except RaylmError as error:
         return to_plain(error)
 
 
-def _write(job: Job, number: int, chunks: list[Chunk], place: StoragePath) -> tuple[dict[str, Any], _Tally]:
+def _write(job: Job, table: InputTable, chunks: list[Chunk], place: StoragePath) -> _Written:
     """Publish the output of one file."""
     tally = _Tally()
     rows = sum(chunk.rows for chunk in chunks)
-    write_output(job.tables[number], rows, _answers(job, chunks, tally), place, format_of(place.name))
+    write_output(table, rows, _answers(job, chunks, tally), place, format_of(place.name))
     return {"path": str(place), "rows": rows, "bytes": place.info().size}, tally
 
 

@@ -328,8 +328,8 @@ class CorpusSettings(Section):
     validation: float = Field(default=0.01, gt=0, lt=0.5)
     """Share of documents and of pairs held out for validation, chosen by a hash of their content."""
     shard_mb: float = Field(default=16, gt=0)
-    """Megabytes of cleaned text that end up in one shard; a worker needs some ten times as much memory. Of more than
-    four gigabytes, shards hold more: 250 MB of a terabyte."""
+    """Megabytes of cleaned text that end up in one shard; a worker needs some ten times as much memory. In a corpus of
+    more than four gigabytes shards hold more, with the root of its size: 16 times as much of a terabyte."""
     keep_dropped: bool = False
     """Write dropped rows with their reasons below `dropped/`."""
     keep_work: bool = True

@@ -69,7 +69,7 @@ class BatchSettings(Section):
     system: str | None = None
     """The system message, for models that chat."""
     chunk_rows: int = Field(default=1_024, ge=1)
-    """Rows of one unit of work: what a crash can cost a worker."""
+    """Rows of one unit of work: what a crash can cost a worker. More in very large jobs, which have 50,000 at most."""
     row_limit_s: float = Field(default=300, gt=0, le=86_400)
     """A worker that takes longer for a row, or for a batch of rows in its engine, is ended, and the row an error."""
     max_errors: ShareOrNumber | None = None

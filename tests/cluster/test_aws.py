@@ -103,6 +103,12 @@ def test_what_is_made_is_closed_and_has_few_rights(aws: dict[str, str], tmp_path
         attached = iam.list_attached_role_policies(RoleName=role["RoleName"])["AttachedPolicies"]
         assert not [policy for policy in attached if "FullAccess" in policy["PolicyName"]], role["RoleName"]
 
+    # A newer image does not cost the cluster its head.
+    client(aws, "ssm").put_parameter(Name="/raylm/image", Value="ami-0123456789abcdef0", Type="String", Overwrite=True)
+    again = command(aws, "raylm", "up", str(path))
+    assert again.returncode == 0, again.stdout[-3_000:] + again.stderr[-3_000:]
+    assert [instance["InstanceId"] for instance in instances(aws)] == [head["InstanceId"]]
+
     recorded = (tmp_path / "commands").read_text()
     assert "RAY_AUTH_MODE=token" in recorded and "ray start --head" in recorded
     assert "0" * 64 not in recorded

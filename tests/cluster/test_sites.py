@@ -102,7 +102,8 @@ class _Cloud:
         self._ended = threading.Event()
         here.switch.add_address(_CLOUD)
         here.switch.inside(self._serve)
-        self._thread = threading.Thread(target=self._keep)
+        self._thread = threading.Thread(target=self._keep_or_say_why)
+        self._error: Exception | None = None
 
     def _serve(self) -> None:
         from moto.server import ThreadedMotoServer
@@ -127,6 +128,12 @@ class _Cloud:
     def running(self) -> list[dict[str, Any]]:
         return [found for found in self.instances() if found["State"]["Name"] in ("pending", "running")]
 
+    def _keep_or_say_why(self) -> None:
+        try:
+            self._keep()
+        except Exception as error:  # told at the end, by `kept`
+            self._error = error
+
     def _keep(self) -> None:
         """Machines come and go with their instances."""
         known: set[str] = set()
@@ -147,6 +154,8 @@ class _Cloud:
             self._ended.set()
             self._thread.join()
             self._here.switch.inside(self._server.stop)
+            if self._error:
+                raise self._error
 
 
 def _owned(cloud: _Cloud) -> tuple[str, str]:

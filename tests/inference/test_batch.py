@@ -192,9 +192,11 @@ def test_a_large_directory_is_put_together_by_all_machines(
         assert one.equals(other) and one.num_rows == 21
     assert shared.counts == alone.counts and shared.counts["errors"] == 3
     assert shared.metrics["output_tokens"] == alone.metrics["output_tokens"] > 0
-    (tmp_path / "no").write_text("a file where a directory should be")
-    with pytest.raises(OutputError, match="no"):
-        run_batch(ONE_WORKER, TRANSLATE, str(source), model=str(model_directory), output=str(tmp_path / "no" / "deep"))
+    (tmp_path / "taken" / "1.parquet" / "deep").mkdir(parents=True)  # a directory where a file should be
+    with pytest.raises(OutputError, match=r"taken/1\.parquet") as told:
+        run_batch(ONE_WORKER, TRANSLATE, str(source), model=str(model_directory), output=str(tmp_path / "taken"),
+                  overwrite=True)  # fmt: skip
+    assert "Traceback" not in str(told.value)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -180,7 +180,7 @@ def start_service(
     shown = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
     url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
     note_service(ray.get_runtime_context().gcs_address)
-    if shown in _LOOPBACK and sum(node["Alive"] for node in ray.nodes()) > 1:
+    if host in _LOOPBACK and sum(node["Alive"] for node in ray.nodes()) > 1:
         note(f"serve: {url} is an address of the head alone; serve.host=0.0.0.0 lets other machines in")
     return url
 
