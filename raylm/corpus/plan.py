@@ -18,7 +18,7 @@ WORK = "_work"
 _FORMAT = 4
 """Raised when the same input and settings give other bytes than before."""
 _LARGE_BYTES = 4e9
-"""Of a corpus whose parts hold what `shard_mb` says; those of a larger one hold more: of a terabyte 16 times as much."""
+"""Of a corpus whose parts hold what `shard_mb` says; those of a larger one hold more: of a terabyte 16 times that."""
 _CLEAN = {"clean", "filters", "pair_filters", "pii", "keep_dropped"}
 _MERGE = {"validation", "shard_mb", "decontaminate"}
 _MINHASH = ("fuzzy", "shingle_words", "bands", "rows_per_band")
