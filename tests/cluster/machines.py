@@ -29,6 +29,7 @@ _READY_S = 20
 Result = TypeVar("Result")
 
 _BOOT = """
+mount --bind {place}/home {home}
 mount --bind {place}/passwd /etc/passwd
 mount --bind {place}/ray /tmp/ray
 until ip link show eth0 > {place}/boot.log 2>&1; do sleep 0.05; done
@@ -82,6 +83,9 @@ class Machine:
     ) -> None:
         self.address = address
         self.home = place / "home"
+        """Seen from outside; on the machine itself it has the path that all homes have."""
+        self._own_home = place.parent / "home"
+        self._own_home.mkdir(exist_ok=True)
         (self.home / ".ssh").mkdir(parents=True)
         (self.home / ".local" / "bin").mkdir(parents=True)
         (place / "ray").mkdir()
@@ -90,7 +94,7 @@ class Machine:
         if authorized_key:
             shutil.copy(authorized_key, self.home / ".ssh" / "authorized_keys")
         others = [line for line in Path("/etc/passwd").read_text().splitlines() if not line.startswith("root:")]
-        own = [f"{user}:x:0:0::{self.home}:/bin/bash" for user in ("root", *users)]
+        own = [f"{user}:x:0:0::{self._own_home}:/bin/bash" for user in ("root", *users)]
         (place / "passwd").write_text("\n".join([*own, *others, ""]))
         (place / "sshd_config").write_text(_SSHD.format(place=place) + ("" if authorized_key else _ANY_KEY))
         exports = "".join(f"export {name}='{value}'\n" for name, value in environment.items())
@@ -104,7 +108,13 @@ class Machine:
                 *(
                     "sh",
                     "-ec",
-                    _BOOT.format(place=place, address=address, sshd=shutil.which("sshd"), python=sys.executable),
+                    _BOOT.format(
+                        place=place,
+                        home=self._own_home,
+                        address=address,
+                        sshd=shutil.which("sshd"),
+                        python=sys.executable,
+                    ),
                 ),
             ],
             stdin=subprocess.DEVNULL,
@@ -134,7 +144,7 @@ class Machine:
         with TemporaryFile("w+") as output, TemporaryFile("w+") as errors:
             done = subprocess.run(
                 self.command("bash", "-c", line, str(REPOSITORY), *words),
-                env={"PATH": path, "HOME": str(self.home), "LANG": "C.UTF-8"},
+                env={"PATH": path, "HOME": str(self._own_home), "LANG": "C.UTF-8"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,

@@ -190,11 +190,17 @@ def test_a_job_on_aws(tmp_path: Path, small_settings: Settings) -> None:
             subnet, group = here.switch.inside(lambda: _owned(cloud))
 
             def theirs(values: dict[str, Any]) -> None:
-                for kind in values["available_node_types"].values():
+                types = values["available_node_types"]
+                for name in ("gpu-spot", "gpu-on-demand"):
+                    del types[name], values["metadata"]["raylm"]["prices"][name]
+                del values["metadata"]["raylm"]["spot"]
+                for kind in types.values():
                     own = {"SubnetIds": [subnet], "SecurityGroupIds": [group], "ImageId": "resolve:ssm:/raylm/image"}
                     kind["node_config"] |= own
-                    kind["resources"]["CPU"] = min(kind["resources"]["CPU"], 2)  # what is here to be shared
-                values["available_node_types"]["cpu"]["max_workers"] = 1
+                for name in ("driver", "cpu"):  # machines of the size of this one, which has to be all of them
+                    types[name]["node_config"]["InstanceType"] = "m6i.large"
+                    types[name]["resources"]["CPU"] = 2
+                types["cpu"]["max_workers"] = 1
                 values["metadata"]["raylm"] |= _work(small_settings, _BUCKET)
                 values["metadata"]["raylm"]["job"]["retries"] = 0
 
