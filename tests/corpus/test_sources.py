@@ -93,7 +93,7 @@ def test_a_large_corpus_has_large_units_and_a_slightly_larger_one_the_same() -> 
     mib = 1 << 20
     assert [sources._unit_bytes(size) // mib for size in (0, 30 << 30, 33 << 30, 60 << 30)] == [8, 8, 16, 16]
     assert sources._unit_bytes(1 << 40) == 256 * mib
-    assert sources._unit_bytes(1 << 50) == 256 * mib
+    assert sources._unit_bytes(1 << 50) == 32 * 256 * mib, "with the root of the size"
 
 
 def test_many_small_files_share_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
