@@ -8,14 +8,15 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cluster.conftest import REPOSITORY
+from tests.cluster.owner import IMAGE, PARAMETER, own_account
 
-IMAGE = "ami-004d285ecf53fb335"
 boto3 = pytest.importorskip("boto3")
 server = pytest.importorskip("moto.server")
 
@@ -52,17 +53,9 @@ def client(aws: dict[str, str], service: str) -> Any:
 
 def own_file(aws: dict[str, str], directory: Path) -> Path:
     """The packaged file with an owner's network, group and rights in it, as its first comment asks."""
-    ec2, iam = client(aws, "ec2"), client(aws, "iam")
-    network = ec2.create_vpc(CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
-    subnet = ec2.create_subnet(VpcId=network, CidrBlock="10.0.1.0/24", AvailabilityZone="eu-central-1a")
-    group = ec2.create_security_group(GroupName="raylm", Description="raylm", VpcId=network)["GroupId"]
-    for name in ("raylm-head", "raylm-worker"):
-        iam.create_role(RoleName=name, AssumeRolePolicyDocument="{}")
-        iam.create_instance_profile(InstanceProfileName=name)
-        iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
-    client(aws, "ssm").put_parameter(Name="/raylm/image", Value=IMAGE, Type="String")
-    text = re.sub(r"resolve:ssm:\S+", "resolve:ssm:/raylm/image", (REPOSITORY / "clusters" / "aws.yaml").read_text())
-    text = text.replace("subnet-0123456789abcdef0", subnet["Subnet"]["SubnetId"])
+    subnet, group = own_account(partial(client, aws))
+    text = (REPOSITORY / "clusters" / "aws.yaml").read_text()
+    text = re.sub(r"resolve:ssm:\S+", f"resolve:ssm:{PARAMETER}", text).replace("subnet-0123456789abcdef0", subnet)
     path = directory / "aws.yaml"
     path.write_text(text.replace("sg-0123456789abcdef0", group))
     return path
@@ -104,7 +97,7 @@ def test_what_is_made_is_closed_and_has_few_rights(aws: dict[str, str], tmp_path
         assert not [policy for policy in attached if "FullAccess" in policy["PolicyName"]], role["RoleName"]
 
     # A newer image does not cost the cluster its head.
-    client(aws, "ssm").put_parameter(Name="/raylm/image", Value="ami-0123456789abcdef0", Type="String", Overwrite=True)
+    client(aws, "ssm").put_parameter(Name=PARAMETER, Value="ami-0123456789abcdef0", Type="String", Overwrite=True)
     again = command(aws, "raylm", "up", str(path))
     assert again.returncode == 0, again.stdout[-3_000:] + again.stderr[-3_000:]
     assert [instance["InstanceId"] for instance in instances(aws)] == [head["InstanceId"]]
@@ -133,7 +126,7 @@ def test_a_run_that_fails_leaves_no_machine(aws: dict[str, str], tmp_path: Path)
 
 def test_an_image_that_nobody_keeps_is_named(aws: dict[str, str], tmp_path: Path) -> None:
     path = own_file(aws, tmp_path)
-    path.write_text(path.read_text().replace("/raylm/image", "/raylm/imagf"))
+    path.write_text(path.read_text().replace(PARAMETER, "/raylm/imagf"))
     found = command(aws, "raylm", "up", str(path))
     assert found.returncode == 1
     assert "node_config.ImageId: resolve:ssm:/raylm/imagf: " in found.stderr

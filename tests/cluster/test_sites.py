@@ -17,6 +17,7 @@ import yaml
 
 from raylm.settings import Settings
 from tests.cluster.machines import REPOSITORY, Machine, Site, make_key, site
+from tests.cluster.owner import PARAMETER, own_account
 
 _TOKEN = "7" * 64
 _LAPTOP = "192.168.1.2"
@@ -159,18 +160,8 @@ class _Cloud:
 
 
 def _owned(cloud: _Cloud) -> tuple[str, str]:
-    """The subnet and the security group of an owner, whose rights are there as well."""
-    ec2, iam = cloud.client("ec2"), cloud.client("iam")
-    network = ec2.create_vpc(CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
-    subnet = ec2.create_subnet(VpcId=network, CidrBlock="10.0.1.0/24", AvailabilityZone="eu-central-1a")
-    group = ec2.create_security_group(GroupName="raylm", Description="raylm", VpcId=network)["GroupId"]
-    for name in ("raylm-head", "raylm-worker"):
-        iam.create_role(RoleName=name, AssumeRolePolicyDocument="{}")
-        iam.create_instance_profile(InstanceProfileName=name)
-        iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
-    cloud.client("ssm").put_parameter(Name="/raylm/image", Value="ami-004d285ecf53fb335", Type="String")
     cloud.client("s3").create_bucket(Bucket="raylm", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
-    return subnet["Subnet"]["SubnetId"], group
+    return own_account(cloud.client)
 
 
 @pytest.mark.slow
@@ -195,7 +186,7 @@ def test_a_job_on_aws(tmp_path: Path, small_settings: Settings) -> None:
                     del types[name], values["metadata"]["raylm"]["prices"][name]
                 del values["metadata"]["raylm"]["spot"]
                 for kind in types.values():
-                    own = {"SubnetIds": [subnet], "SecurityGroupIds": [group], "ImageId": "resolve:ssm:/raylm/image"}
+                    own = {"SubnetIds": [subnet], "SecurityGroupIds": [group], "ImageId": f"resolve:ssm:{PARAMETER}"}
                     kind["node_config"] |= own
                 for name in ("driver", "cpu"):  # machines of the size of this one, which has to be all of them
                     types[name]["node_config"]["InstanceType"] = "m6i.large"
