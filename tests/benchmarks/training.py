@@ -320,7 +320,7 @@ def _flops_of(model: str, sequences: int, length: int) -> float:
 SMALL_MODEL = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
 _SAFE: dict[str, Any] = {
     "workers": 2, "global_batch_tokens": 2_048, "schedule": "constant", "learning_rate": 1e-3, "precision": "fp32",
-    "log_every": 1, "validate_every": _NEVER, "validation_batches": 1,
+    "log_every": 1, "validate_every": _NEVER, "validation_batches": 1, "warmup_steps": 5,
 }  # fmt: skip
 
 
