@@ -66,9 +66,8 @@ def _leave_nothing() -> None:
     import ray
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
-    context = ray.get_runtime_context()
     with suppress(Exception):  # the work is done; a helper that is left costs no result
-        jobs = GcsClient(address=context.gcs_address).get_all_job_info().values()
+        jobs = GcsClient(address=ray.get_runtime_context().gcs_address).get_all_job_info().values()
         alive = [job for job in jobs if not job.is_dead and not job.config.ray_namespace.startswith("_ray_internal")]
         if len(alive) > 1:
             return

@@ -145,21 +145,19 @@ def _stop_ray(cluster: ClusterFile) -> None:
     They are told by the head, which reaches them; of the head itself, what would start it again ends first, as the
     packaged files begin it.
     """
-    user, key = cluster.get("auth", "ssh_user"), "-i ~/ray_bootstrap_key.pem" if _has_key(cluster) else ""
+    user = cluster.get("auth", "ssh_user")
+    key = "-i ~/ray_bootstrap_key.pem" if cluster.get("auth", "ssh_private_key") else ""
     ssh = (
         "ssh -n -o BatchMode=yes -o LogLevel=ERROR -o ConnectTimeout=10 -o StrictHostKeyChecking=no"
         f" -o UserKnownHostsFile=/dev/null {key}"
     )
     stop = shlex.quote("bash -i -c 'ray stop' 2> /dev/null")
     workers = [
-        f"{ssh} {user}@{address} {stop} 2> /dev/null &" for address in cluster.get("provider", "worker_ips", default=[])
+        f"({ssh} {user}@{address} {stop} || echo '{address}: Ray is not stopped') &"
+        for address in cluster.get("provider", "worker_ips", default=[])
     ]
     ends = " ".join([*workers, "wait;", 'pkill -g "$(cat ~/ray-head.pid)";', "ray stop"])
     subprocess.run([ray_program(), "exec", str(cluster.path), ends], stdin=subprocess.DEVNULL, check=False)
-
-
-def _has_key(cluster: ClusterFile) -> bool:
-    return cluster.get("auth", "ssh_private_key") is not None
 
 
 def _ensure_token() -> None:

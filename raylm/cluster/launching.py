@@ -65,7 +65,7 @@ def _starts(cluster: ClusterFile) -> Iterator[Finding]:
 def _off_the_head(cluster: ClusterFile) -> Iterator[Finding]:
     """Jobs' own processes that find no machine, or not their settings, which Ray leaves on the head alone."""
     values = cluster.mapping("metadata", "raylm")
-    if any(True for _ in problems(values)):  # which are told elsewhere
+    if any(problems(values)):  # which are told elsewhere
         return
     wanted = Settings.model_validate(values).job.entrypoint_resources
     key = ("metadata", "raylm", "job", "entrypoint_resources")

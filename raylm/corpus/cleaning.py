@@ -39,11 +39,12 @@ def clean_units(plan: Plan) -> list[Result]:
         read, kept = (sum(r["counts"].get(name, 0) for r in results) for name in ("read", "kept"))
         return f"{kept:,} kept of {read:,}"
 
+    run_bytes = part_bytes(sum(unit.bytes for unit in plan.units), _RUN_MB)
     results = run_step(
         plan.place("clean"),
         "prepare: clean",
         plan.unit_names,
-        lambda number: _clean_unit(plan, number),
+        lambda number: _clean_unit(plan, number, run_bytes),
         measure=lambda number: plan.units[number].bytes / 1e6,
         unit="MB",
         detail=detail,
@@ -53,7 +54,7 @@ def clean_units(plan: Plan) -> list[Result]:
     return results
 
 
-def _clean_unit(plan: Plan, number: int) -> Result:
+def _clean_unit(plan: Plan, number: int, run_bytes: float) -> Result:
     unit, name, place = plan.units[number], plan.unit_names[number], plan.place("clean")
     sources = [*plan.corpus.documents, *plan.corpus.pairs]
     counts: Counter[str] = Counter()
@@ -62,7 +63,7 @@ def _clean_unit(plan: Plan, number: int) -> Result:
     rows: list[Cleaned] = []
     dropped: list[Dropped] = []
     rejected: list[dict[str, Any]] = []
-    size, run_bytes = 0, part_bytes(sum(unit.bytes for unit in plan.units), _RUN_MB)
+    size = 0
     for outcome in cleaned_records(read_unit(unit), plan.corpus, sources[unit.source], counts):
         if isinstance(outcome, Cleaned):
             rows.append(outcome)
