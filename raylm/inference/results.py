@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -110,24 +111,27 @@ def _written_by_all(job: Job, places: list[StoragePath]) -> Iterator[_Written]:
 
     write = ray.remote(num_cpus=1)(_write_or_say_why)
     shared = ray.put(replace(job, chunks=(), tables=()))
-    tasks = [
-        write.remote(shared, table, chunks, place)
-        for table, chunks, place in zip(job.tables, _by_file(job), places, strict=True)
-    ]
+    files = zip(job.tables, _by_file(job), places, strict=True)
+    most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    running = deque(write.remote(shared, *file) for file in islice(files, most))
     try:
-        for task in tasks:
-            found = ray.get(task)
+        while running:
+            found = ray.get(running[0])
             if isinstance(found, dict):
                 raise from_plain(found)
             yield found
+            running.popleft()
+            running.extend(write.remote(shared, *file) for file in islice(files, 1))
     except ray.exceptions.RayError as error:
         raise RaylmError(
             f"batch-{job.task.name}: an output was not written: {first_line(error)};"
             " what is done is kept, the same command goes on from there"
         ) from error
     finally:
-        for task in tasks:  # nothing is published after its job has ended
-            ray.cancel(task, force=True)
+        # Nothing is published after its job has ended. Ray's `cancel` would be quicker, but aborts this very process
+        # when a task ends meanwhile (Ray 2.60, "Tried to complete task that was not pending").
+        if running:
+            ray.wait(list(running), num_returns=len(running))
 
 
 def _by_file(job: Job) -> list[list[Chunk]]:
