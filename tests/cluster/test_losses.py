@@ -127,8 +127,11 @@ def test_a_job_whose_machine_falls_silent_is_tried_again(tmp_path: Path, small_s
         )  # fmt: skip
         wait_for("a job that waits", begun.exists, job)
         [driver] = cluster.provider.non_terminated_nodes({TAG_RAY_USER_NODE_TYPE: "driver"})
+        begun.unlink()
         for process in cluster.processes_of(driver):
             process.suspend()
         wait_for("a second attempt", lambda: "attempt 2 of 2" in (tmp_path / "log").read_text(), job, seconds=240)
+        wait_for("another machine", begun.exists, job)
+        assert not cluster.processes_of(driver)
         job.kill()
         job.wait()

@@ -74,12 +74,21 @@ class ProcessNodeProvider(NodeProvider):  # type: ignore[misc]
     # ------------------------------------------------------------------------------------- changing
 
     def create_node(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> dict[str, Any]:
-        """As many machines as are asked for: a name and an empty directory each, until Ray is started there."""
+        """As many machines as are asked for: a name and an empty directory each, until Ray is started there.
+
+        A name that was given is the last to be given again: to Ray's autoscaler, a machine that it has ended and whose
+        name is there again is one that does not end. A head begins a new cluster, without its predecessor's logs.
+        """
         made: dict[str, Any] = {}
         with self._changing() as machines:
-            numbers = [_HEAD_NUMBER] if tags.get(TAG_RAY_NODE_KIND) == NODE_KIND_HEAD else range(3, _MOST_NUMBER)
-            taken = {int(name.rsplit("-", 1)[1]) for name in machines}
-            for number in [number for number in numbers if number not in taken][:count]:
+            free = set(range(_HEAD_NUMBER, _MOST_NUMBER)) - {int(name.rsplit("-", 1)[1]) for name in machines}
+            if tags.get(TAG_RAY_NODE_KIND) == NODE_KIND_HEAD:
+                for number in free:
+                    shutil.rmtree(self._place / str(number), ignore_errors=True)
+                free &= {_HEAD_NUMBER}
+            else:
+                free -= {_HEAD_NUMBER}
+            for number in sorted(free, key=lambda number: (self._last_given(number), number))[:count]:
                 name = f"{self.cluster_name}-{number}"
                 shutil.rmtree(self.directory(name), ignore_errors=True)
                 self.directory(name).mkdir(mode=0o700)
@@ -121,6 +130,10 @@ class ProcessNodeProvider(NodeProvider):  # type: ignore[misc]
         }
 
     # ------------------------------------------------------------------------------------- helpers
+
+    def _last_given(self, number: int) -> float:
+        directory = self._place / str(number)
+        return directory.stat().st_mtime if directory.exists() else 0.0
 
     def _mark(self, node_id: str) -> str:
         return f"{self._place}/{node_id}"
