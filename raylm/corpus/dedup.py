@@ -11,7 +11,6 @@ An id is `part << 32 | row`. Every file is sorted and cut by id or key, so that 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -63,12 +62,16 @@ def _remove(plan: Plan, parts: int) -> None:
     """Publish the rows to go of each part, and the largest groups."""
     place = plan.place("dedup")
     components = _components(read_table(place / f"edges-{name}.arrow") for name in part_names(parts))
-    batches = [components[n : n + _RESOLVED_AT_ONCE] for n in range(0, len(components), _RESOLVED_AT_ONCE)]
+    batches = [
+        range(n, min(n + _RESOLVED_AT_ONCE, len(components))) for n in range(0, len(components), _RESOLVED_AT_ONCE)
+    ]
     resolved = run_step(
         place,
         "prepare: resolve",
         [f"resolved-{number:05d}" for number in range(len(batches))],
-        lambda number: {"removed": [_resolve(plan, component) for component in batches[number]]},
+        lambda number: {
+            "removed": [_resolve(plan, components.members(n), components.pairs(n)) for n in batches[number]]
+        },
     )
     removed = [ids for result in resolved for ids in result["removed"]]
     (place / _CLUSTERS).write_json(_largest(plan, components, removed))
@@ -203,58 +206,88 @@ def _documents(plan: Plan, ids: Ids) -> dict[int, _Document]:
 
 # ------------------------------------------------------------------------------------------ components
 
-_Preference = tuple[bool, int, int]
-"""Trained on, order, id."""
-
 
 @dataclass(frozen=True)
-class _Component:
-    members: list[_Preference]
-    """In the order of preference."""
-    edges: set[tuple[int, int]]
-    """Pairs of ids known to be similar, the preferred one first."""
+class _Components:
+    """The connected components of the graph of similar pairs, one behind another in each array."""
+
+    ids: Ids
+    """The documents, in a component by preference."""
+    begins: NDArray[np.int64]
+    """(components + 1,), where each one's `ids` begin."""
+    edges: Ids
+    """(edges, 2), the preferred document first."""
+    edge_begins: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.begins) - 1
+
+    def members(self, number: int) -> list[int]:
+        found: list[int] = self.ids[self.begins[number] : self.begins[number + 1]].tolist()
+        return found
+
+    def pairs(self, number: int) -> set[tuple[int, int]]:
+        """Those known to be similar."""
+        edges = self.edges[self.edge_begins[number] : self.edge_begins[number + 1]]
+        return set(map(tuple, edges.tolist()))
 
 
-def _components(tables: Iterable[pa.Table]) -> list[_Component]:
-    """The connected components of the graph of similar pairs (union-find, Tarjan 1975)."""
-    parents: dict[int, int] = {}
-    preferences: dict[int, _Preference] = {}
-    edges: list[tuple[int, int]] = []
+def _components(tables: Iterable[pa.Table]) -> _Components:
+    """The components of a graph, in the order of their preferred documents' ids."""
+    edges = pa.concat_tables([_EDGES.empty_table(), *tables])
+    sides = pa.chunked_array([*edges["of_a"].chunks, *edges["of_b"].chunks], _PREFERENCE).combine_chunks()
+    trained, order, id = (sides.field(name).to_numpy(zero_copy_only=False) for name in ("trained", "order", "id"))
+    ids, firsts, places = np.unique(id, return_index=True, return_inverse=True)
+    a, b = np.split(places, 2)
+    ranks = np.empty(len(ids), np.int64)
+    ranks[np.lexsort((ids, order[firsts], trained[firsts]))] = np.arange(len(ids))
 
-    def root(id: int) -> int:
-        while parents.setdefault(id, id) != id:
-            parents[id] = parents[parents[id]]
-            id = parents[id]
-        return id
+    roots = _roots(len(ids), a, b)
+    by_root = np.lexsort((ranks, roots))
+    begins = np.flatnonzero(np.diff(roots[by_root], prepend=-1))
+    heads = np.zeros(len(ids), np.uint64)
+    heads[roots[by_root[begins]]] = ids[by_root[begins]]
+    component = heads[roots]  # named by the preferred document
 
-    for table in tables:
-        for edge in table.to_pylist():
-            for side in ("a", "b"):
-                preferences[edge[side]] = tuple(edge[f"of_{side}"].values())
-            first, second = sorted((edge["a"], edge["b"]), key=preferences.__getitem__)
-            edges.append((first, second))
-            parents[root(edge["a"])] = root(edge["b"])
-    members: dict[int, list[_Preference]] = defaultdict(list)
-    inside: dict[int, set[tuple[int, int]]] = defaultdict(set)
-    for id, preference in preferences.items():
-        members[root(id)].append(preference)
-    for first, second in edges:
-        inside[root(first)].add((first, second))
-    components = [_Component(sorted(members[id]), inside[id]) for id in members]
-    return sorted(components, key=lambda component: component.members[0][2])
+    by_component = np.lexsort((ranks, component))
+    numbers, begins = np.unique(component[by_component], return_index=True)
+    first, second = np.where(ranks[a] < ranks[b], (a, b), (b, a))
+    of_edges = component[first]
+    edge_order = np.argsort(of_edges, kind="stable")
+    return _Components(
+        ids[by_component],
+        np.append(begins, len(ids)),
+        np.stack([ids[first], ids[second]], axis=1)[edge_order],
+        np.append(np.searchsorted(of_edges[edge_order], numbers), len(of_edges)),
+    )
 
 
-def _resolve(plan: Plan, component: _Component) -> list[int]:
-    """The ids of a component's documents that are similar to one that stays."""
-    ids = [id for *_, id in component.members]
+def _roots(nodes: int, a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(nodes,) the smallest node that each is connected with by the edges from `a` to `b`.
+
+    All trees are hooked onto smaller ones at once, and flattened by pointer jumping (Shiloach and Vishkin 1982).
+    """
+    roots = np.arange(nodes)
+    while len(a):
+        low, high = np.minimum(roots[a], roots[b]), np.maximum(roots[a], roots[b])
+        are_apart = low != high
+        a, b = a[are_apart], b[are_apart]
+        np.minimum.at(roots, high[are_apart], low[are_apart])
+        while not np.array_equal(jumped := roots[roots], roots):
+            roots = jumped
+    return roots
+
+
+def _resolve(plan: Plan, ids: list[int], pairs: set[tuple[int, int]]) -> list[int]:
+    """The documents of a component that are similar to one that stays."""
     kept = ids[:1]
-    removed = [id for id in ids[1:] if (ids[0], id) in component.edges]
-    unsure = [id for id in ids[1:] if (ids[0], id) not in component.edges]
+    removed = [id for id in ids[1:] if (ids[0], id) in pairs]
+    unsure = [id for id in ids[1:] if (ids[0], id) not in pairs]
     if unsure:
         documents = _documents(plan, np.array(sorted([*kept, *unsure]), np.uint64))
         for id in unsure:
             alike = (
-                (other, id) in component.edges
+                (other, id) in pairs
                 or similarity(documents[other].shingles, documents[id].shingles, plan.corpus.dedup)
                 >= plan.corpus.dedup.threshold
                 for other in kept
@@ -263,14 +296,15 @@ def _resolve(plan: Plan, component: _Component) -> list[int]:
     return removed
 
 
-def _largest(plan: Plan, components: list[_Component], removed: list[list[int]]) -> list[dict[str, Any]]:
+def _largest(plan: Plan, components: _Components, removed: list[list[int]]) -> list[dict[str, Any]]:
     """The largest groups of near-copies, with the text that stays and one of those that go."""
 
     def text(id: int) -> str:
         row = read_rows(merged_file(plan, id >> 32), [id & 0xFFFFFFFF], ["source"])
         return excerpt(row["source"][0].as_py(), None)
 
-    groups = [(ids, component.members[0][2]) for component, ids in zip(components, removed, strict=True) if ids]
+    kept = components.ids[components.begins[:-1]].tolist()
+    groups = [(ids, id) for ids, id in zip(removed, kept, strict=True) if ids]
     groups.sort(key=lambda group: (-len(group[0]), group[1]))
     return [
         {"copies": len(ids) + 1, "text": text(kept), "other": text(ids[0])} for ids, kept in groups[:_SHOWN_CLUSTERS]

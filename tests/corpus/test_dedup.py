@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raylm.corpus.dedup import band_keys, find_near_duplicates, near_duplicates, signatures
+from raylm.corpus.dedup import _EDGES, _components, band_keys, find_near_duplicates, near_duplicates, signatures
 from raylm.corpus.merge import MERGED, merged_file
 from raylm.corpus.plan import Plan
 from raylm.corpus.shingles import shingles
@@ -144,3 +144,42 @@ def test_bands_agree_where_their_rows_do() -> None:
     assert keys.shape == (2, 3)
     assert np.array_equal(keys[0], keys[1])
     assert len(set(keys[0].tolist())) == 3
+
+
+def reached(node: int, neighbours: dict[int, set[int]]) -> set[int]:
+    found, waiting = {node}, [node]
+    while waiting:
+        new = neighbours[waiting.pop()] - found
+        found |= new
+        waiting += new
+    return found
+
+
+def test_components_are_what_a_walk_along_the_edges_reaches() -> None:
+    rng = random.Random(5)
+    chain = [(f"{n:03d}", f"{n + 1:03d}") for n in rng.sample(range(200), 199)]  # a long way, in any order
+    for edges in ([], chain, *([rng.sample("abcdefghijklmnopqrst", 2) for _ in range(size)] for size in range(1, 40))):
+        names = {name for edge in edges for name in edge}
+        preferences = {
+            name: {"trained": rng.random() < 0.5, "order": rng.randint(0, 3), "id": rng.getrandbits(40)}
+            for name in sorted(names)
+        }
+        rows = [
+            {"a": preferences[a]["id"], "b": preferences[b]["id"], "of_a": preferences[a], "of_b": preferences[b]}
+            for a, b in edges
+        ]
+        found = _components([pa.Table.from_pylist(rows[::2], _EDGES), pa.Table.from_pylist(rows[1::2], _EDGES)])
+        neighbours: dict[int, set[int]] = {}
+        for row in rows:
+            neighbours.setdefault(row["a"], set()).add(row["b"])
+            neighbours.setdefault(row["b"], set()).add(row["a"])
+        groups = {frozenset(reached(id, neighbours)) for id in neighbours}
+        assert sorted(map(sorted, groups)) == sorted(sorted(found.members(n)) for n in range(len(found)))
+        best = {value["id"]: tuple(value.values()) for value in preferences.values()}
+        heads = [found.members(n)[0] for n in range(len(found))]
+        assert heads == sorted(heads)
+        for number in range(len(found)):
+            members = found.members(number)
+            assert members == sorted(members, key=best.__getitem__)
+            inside = {tuple(sorted((r["a"], r["b"]), key=best.__getitem__)) for r in rows if r["a"] in members}
+            assert found.pairs(number) == inside
