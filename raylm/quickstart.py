@@ -27,7 +27,8 @@ from raylm.tasks import GENERATE, TASKS, Task
 from raylm.training.batches import Shards, TokenLists
 from raylm.training.evaluate import evaluate
 from raylm.training.export import export
-from raylm.training.trainer import finetune, prepared_corpus, pretrain
+from raylm.training.runs import prepared_corpus
+from raylm.training.trainer import finetune, pretrain
 
 _BATCH_ROWS = 1_000
 """Held-out rows that a batch stage works on, where the corpus has so many."""

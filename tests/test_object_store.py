@@ -12,8 +12,9 @@ from raylm.settings import Settings
 from raylm.storage import StoragePath
 from raylm.tasks import TRANSLATE
 from raylm.training import checkpoint as checkpoints
+from raylm.training.runs import run_directory
 from raylm.training.telemetry import read_metrics
-from raylm.training.trainer import finetune, pretrain, run_directory
+from raylm.training.trainer import finetune, pretrain
 from tests.training.runs import changed, losses
 
 

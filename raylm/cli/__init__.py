@@ -173,7 +173,7 @@ def show(settings: Settings) -> None:
 
 def _prepare_if_needed(settings: Settings) -> None:
     from raylm.errors import ArtifactError
-    from raylm.training.trainer import prepared_corpus
+    from raylm.training.runs import prepared_corpus
 
     try:
         prepared_corpus(settings)

@@ -76,6 +76,7 @@ def submit(
     settings: JobSettings,
     echo: Callable[[str], None],
     note: Callable[[str], None],
+    patience_s: float = _ANSWER_S,
 ) -> Ended:
     """Run a script on the cluster and follow it to its end.
 
@@ -84,7 +85,8 @@ def submit(
 
     :param echo: is given the job's output, piece by piece.
     :param note: is given what happens to the job.
-    :raises RaylmError: the cluster refuses the job, or has not answered for two minutes.
+    :param patience_s: how long the cluster may not answer while the job is followed.
+    :raises RaylmError: the cluster refuses the job, or has not answered for so long.
     """
     entrypoint = shlex.join([script if "/" in script else f"./{script}", *arguments])
     runtime_env = _runtime_env(settings)
@@ -92,7 +94,7 @@ def submit(
     attempts = 1 + settings.retries
     for attempt in range(attempts):
         submission_id = _started(client, name, entrypoint, runtime_env, settings, note)
-        ended = follow(client, submission_id, echo, note)
+        ended = follow(client, submission_id, echo, note, patience_s)
         if ended.exit_code == 0 or ended.exit_code == _STOPPED or attempt == attempts - 1:
             return ended
         note(f"{submission_id} failed with exit code {ended.exit_code}; attempt {attempt + 2} of {attempts}")
@@ -100,11 +102,15 @@ def submit(
 
 
 def follow(
-    client: JobSubmissionClient, submission_id: str, echo: Callable[[str], None], note: Callable[[str], None]
+    client: JobSubmissionClient,
+    submission_id: str,
+    echo: Callable[[str], None],
+    note: Callable[[str], None],
+    patience_s: float = _ANSWER_S,
 ) -> Ended:
     """Give out what a job prints, from its beginning to its end, also when the line breaks in between.
 
-    :raises RaylmError: there is no such job, or the cluster has not answered for two minutes.
+    :raises RaylmError: there is no such job, or the cluster has not answered for `patience_s`.
     """
     from aiohttp import ClientError  # a line that breaks while it is made
 
@@ -130,13 +136,15 @@ def follow(
         await listening
 
     while True:
-        _answered(lambda: client.get_job_status(submission_id), f"job {submission_id}", note)
+        _answered(lambda: client.get_job_status(submission_id), f"job {submission_id}", note, patience_s)
         with (
             suppress(RuntimeError, OSError, asyncio.TimeoutError, asyncio.CancelledError, ClientError),
             hushed(_CLIENT_LOG, logging.WARNING),
         ):
             asyncio.run(listen_while_it_runs())
-        info: JobDetails = _answered(lambda: client.get_job_info(submission_id), f"job {submission_id}", note)
+        info: JobDetails = _answered(
+            lambda: client.get_job_info(submission_id), f"job {submission_id}", note, patience_s
+        )
         if info.status.is_terminal():
             break
         time.sleep(_RETRY_S)
@@ -204,13 +212,19 @@ def _runtime_env(settings: JobSettings) -> dict[str, Any]:
     return {"working_dir": settings.working_dir, "excludes": list(settings.excludes)}
 
 
-def _answered(ask: Callable[[], T], what: str, note: Callable[[str], None], already: str | None = None) -> T:
+def _answered(
+    ask: Callable[[], T],
+    what: str,
+    note: Callable[[str], None],
+    patience_s: float = _ANSWER_S,
+    already: str | None = None,
+) -> T:
     """What a question to the cluster gives, asked again for a while as long as nobody answers.
 
     :param already: what the cluster says of something that an earlier try has done, although its answer was lost.
     :raises RaylmError: it is refused, or nobody answers.
     """
-    end = time.monotonic() + _ANSWER_S
+    end = time.monotonic() + patience_s
     was_silent = False
     while True:
         try:
@@ -223,6 +237,6 @@ def _answered(ask: Callable[[], T], what: str, note: Callable[[str], None], alre
             if refused or time.monotonic() > end:
                 raise RaylmError(f"{what}: {first_line(error)}") from error
             if not was_silent:
-                note(f"{what}: no answer yet; trying for {_ANSWER_S:.0f} s")
+                note(f"{what}: no answer yet; trying for {patience_s:.0f} s")
             was_silent = True
             time.sleep(_RETRY_S)

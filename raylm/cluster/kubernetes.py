@@ -89,7 +89,7 @@ def cron_job(cluster: ClusterFile, settings: Settings) -> list[Resource]:
         "concurrencyPolicy": "Forbid",
         "jobTemplate": {"spec": {"backoffLimit": 0, "template": {"spec": pod}}},  # `raylm submit` tries again itself
     }
-    metadata = {"name": f"{name}-nightly", **_namespace(cluster)}
+    metadata = {"name": f"{name}-nightly", **namespace_of(cluster)}
     return [
         _settings_map(cluster),
         {"apiVersion": "batch/v1", "kind": "CronJob", "metadata": metadata, "spec": spec},
@@ -186,21 +186,22 @@ def _settings_map(cluster: ClusterFile) -> Resource:
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": {"name": f"{_name(cluster)}-settings", **_namespace(cluster)},
+        "metadata": {"name": f"{_name(cluster)}-settings", **namespace_of(cluster)},
         "data": {"cluster.yaml": yaml.safe_dump(cluster.values, sort_keys=False, allow_unicode=True)},
     }
 
 
 def _resource(cluster: ClusterFile, kind: str, spec: Resource, suffix: str = "") -> Resource:
     name = _name(cluster) + (f"-{suffix}" if suffix else "")
-    return {"apiVersion": _API, "kind": kind, "metadata": {"name": name, **_namespace(cluster)}, "spec": spec}
+    return {"apiVersion": _API, "kind": kind, "metadata": {"name": name, **namespace_of(cluster)}, "spec": spec}
 
 
 def _name(cluster: ClusterFile) -> str:
     return str(cluster.get("cluster_name"))
 
 
-def _namespace(cluster: ClusterFile) -> Resource:
+def namespace_of(cluster: ClusterFile) -> Resource:
+    """The metadata that says where a resource of a cluster is."""
     namespace = cluster.get("provider", "namespace")
     return {"namespace": namespace} if namespace else {}
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import shlex
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 _TOKEN = Path("~/.ray/auth_token")
+_OUT_OF_REACH_S = 3_600.0
+"""How long a cluster that was made for a job may not answer: the line to it may be down, while the job goes on."""
+_AGAIN_S = (10, 60)
+"""Between tries to end a cluster."""
 
 
 def up(path: Path) -> None:
@@ -55,10 +61,11 @@ def run(
 ) -> Ended:
     """Run a script on a cluster that is made for it, and ended when the job is: also when that fails, or is stopped.
 
-    What the job prints is kept in `<storage>/jobs/<submission id>.log`, also of one that is stopped, and beside it what
-    its machines have logged, each in an archive.
+    What the job prints is kept in `<storage>/jobs/<submission id>.log`, also of one that is stopped; of one that has
+    ended, what its machines have logged as well, beside it, each in an archive.
 
-    :raises RaylmError: the cluster cannot be made, or is up already, or the job cannot be submitted.
+    :raises RaylmError: the cluster cannot be made, or is up already, or the job cannot be submitted; or the cluster has
+        not answered for an hour, and is ended then, or cannot be ended.
     """
     settings, printed = load(path), []
     name = f"{Path(script).stem}-stopped-{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}"
@@ -68,7 +75,7 @@ def run(
         echo(text)
 
     cluster = _launchable(path)
-    if _is_up(path):
+    if _is_up(cluster):
         raise RaylmError(
             f"{path}: its cluster is up already, and would end with the job; `raylm submit` runs a job on it,"
             f" `raylm down {path}` ends it"
@@ -78,13 +85,13 @@ def run(
             _ray("up", "-y", "--no-config-cache", str(path))
             with dashboard(cluster) as address:
                 client = connect(address)
-                ended = submit(client, script, arguments, settings.job, heard, note)
+                ended = submit(client, script, arguments, settings.job, heard, note, _OUT_OF_REACH_S)
                 name = ended.submission_id
                 _keep_logs(client, name, settings.job, note)
         finally:
             with _unstoppable():
                 try:
-                    down(path)
+                    _end(path, note)
                 finally:
                     _keep_output(StoragePath(settings.storage) / "jobs" / f"{name}.log", printed, note)
     return ended
@@ -110,10 +117,36 @@ def _launchable(path: Path) -> ClusterFile:
     return cluster
 
 
-def _is_up(path: Path) -> bool:
-    """Whether a cluster has a head."""
-    words = [ray_program(), "get-head-ip", str(path)]
-    return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 0
+def _is_up(cluster: ClusterFile) -> bool:
+    """Whether a cluster has a head, be it one that is only being set up.
+
+    :raises RaylmError: nobody says.
+    """
+    from ray.autoscaler._private.providers import _get_node_provider
+    from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_NODE_KIND
+
+    try:
+        provider = _get_node_provider(copy.deepcopy(cluster.get("provider")), cluster.get("cluster_name"))
+        return bool(provider.non_terminated_nodes({TAG_RAY_NODE_KIND: NODE_KIND_HEAD}))
+    except Exception as error:  # of each cloud its own
+        raise RaylmError(
+            f"{cluster.path}: its provider does not say whether the cluster is up already: {first_line(error)}"
+        ) from error
+
+
+def _end(path: Path, note: Callable[[str], None]) -> None:
+    """`down`, tried again for a while.
+
+    :raises RaylmError: it fails each time; machines may still run then.
+    """
+    for wait_s in (*_AGAIN_S, None):
+        try:
+            return down(path)
+        except RaylmError as error:
+            if wait_s is None:
+                raise RaylmError(f"{error}; its machines may still run: raylm down {path}") from error
+            note(f"{error}; trying again in {wait_s} s")
+            time.sleep(wait_s)
 
 
 def _keep_output(log: StoragePath, printed: Sequence[str], note: Callable[[str], None]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from raylm.cluster.file import ClusterFile
+from raylm.cluster.kubernetes import namespace_of
 from raylm.errors import SettingsError
 
 _FOUND = "/tmp/ray/prom_metrics_service_discovery.json"
@@ -74,9 +75,14 @@ def prometheus(cluster: ClusterFile) -> str:
         monitor = {
             "apiVersion": "monitoring.coreos.com/v1",
             "kind": "PodMonitor",
-            "metadata": {"name": f"{name}-metrics", "labels": {"release": "prometheus"}},
+            "metadata": {
+                "name": f"{name}-metrics",
+                **namespace_of(cluster),  # where alone it finds pods
+                "labels": {"release": "prometheus"},
+            },
             "spec": {
-                "selector": {"matchLabels": {"ray.io/cluster": name}},
+                # Also those of jobs and services, whose clusters KubeRay gives names of their own.
+                "selector": {"matchExpressions": [{"key": "ray.io/cluster", "operator": "Exists"}]},
                 "podMetricsEndpoints": [{"port": "metrics", "interval": _EVERY}],
             },
         }

@@ -318,7 +318,9 @@ def load(engine: DeepSpeedEngine, average: WeightAverage | None, checkpoint: Che
 
     leads = ray.train.get_context().get_local_rank() == 0
     place = Path(tempfile.gettempdir())
-    place /= f"raylm-load-{fingerprint([str(checkpoint.directory), checkpoint.manifest.seal])}"
+    # Machines may be processes that share a disk.
+    key = [str(checkpoint.directory), checkpoint.manifest.seal, ray.get_runtime_context().get_node_id()]
+    place /= f"raylm-load-{fingerprint(key)}"
     try:
         if leads:
             shutil.rmtree(place, ignore_errors=True)

@@ -5,31 +5,29 @@ Nothing is built or started: the model is made on torch's meta device, which kno
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from raylm import models
-from raylm.errors import ArtifactError, SettingsError
+from raylm.errors import SettingsError
 from raylm.progress import duration
-from raylm.settings import FinetuneSettings, PretrainSettings, Settings, differences
+from raylm.settings import FinetuneSettings, PretrainSettings, Settings
 from raylm.storage import METRICS, Manifest, StoragePath
 from raylm.summary import rendered, size
 from raylm.tasks import CLASSIFY
 from raylm.training import checkpoint as checkpoints
-from raylm.training.batches import micro_batches_for, padded_length
+from raylm.training.batches import micro_batches_for
 from raylm.training.examples import open_split, step_sequences
 from raylm.training.job import TrainingJob
 from raylm.training.labels import label_names
 from raylm.training.memory import BYTES, BatchShape, Memory, checkpoint_bytes, kept_bytes, loss_bytes, memory
-from raylm.training.noise import span_counts
 from raylm.training.objectives import MOST_SCORED
-from raylm.training.refusals import check_heads, check_objective, check_positions, check_training, shortages
-from raylm.training.start import Start, find_start, refusal
+from raylm.training.refusals import check_start, shortages, split_of
+from raylm.training.runs import MODEL, check_settings, corpus_directory, run_directory
+from raylm.training.start import Start, refusal
 from raylm.training.telemetry import read_metrics
 from raylm.training.throughput import model_flops
-from raylm.training.trainer import MODEL, check_settings, run_directory
 from raylm.training.zero import resolve_precision, stage_of
 
 if TYPE_CHECKING:
@@ -135,21 +133,18 @@ def dry_run(settings: Settings, stage: Literal["pretrain", "finetune"]) -> Estim
     training = settings.pretrain if stage == "pretrain" else settings.finetune
     storage, run = StoragePath(settings.storage), run_directory(settings, training.name)
     notes: list[str] = []
-    corpus = _corpus(settings, stage, notes)
-    tokens = StoragePath(corpus.directory) if corpus else None
-    length = int(corpus.settings["corpus"]["sequence_length"] if corpus else settings.corpus.sequence_length)
-    notes += check_training(training, length)
     check_settings(run, settings, training)
-
-    start = find_start(settings, training, tokens, notes)
-    objective = check_objective(training, start)
-    lengths = _lengths(training, objective, start.config.is_encoder_decoder, length)
-    check_positions(training, start.config, lengths)
-    start = _headed(start, objective, tokens, notes)
+    tokens = corpus_directory(settings)
+    corpus = Manifest.read(tokens)
+    if corpus is None:
+        notes.append(f"{tokens} is not prepared: taken as the settings say, with a vocabulary as large as they allow")
+    start, objective, lengths = check_start(settings, training, corpus, notes)
+    start = _headed(start, objective, tokens if corpus else None, notes)
     model = _model(settings, training, start)
     trained = models.parameter_count(model)
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
 
+    length = int(corpus.settings["corpus"]["sequence_length"] if corpus else settings.corpus.sequence_length)
     longest = length
     if isinstance(training, FinetuneSettings):
         longest = training.max_source_tokens + training.max_target_tokens
@@ -203,27 +198,6 @@ def dry_run(settings: Settings, stage: Literal["pretrain", "finetune"]) -> Estim
         time=_time(storage, start.config, layout.workers, positions),
         notes=tuple(notes),
     )
-
-
-def _lengths(
-    training: PretrainSettings | FinetuneSettings, objective: str, is_encoder_decoder: bool, length: int
-) -> tuple[int, int]:
-    """The padded lengths of the longest sequence: all that a single stack reads and 0, or source and target.
-
-    :param length: of a packed sequence.
-    """
-    if isinstance(training, FinetuneSettings):
-        source, target = training.max_source_tokens, training.max_target_tokens
-        if objective == CLASSIFY.name:
-            return padded_length(source), 0
-        if not is_encoder_decoder:
-            return padded_length(source + target), 0
-        return padded_length(source), padded_length(target)
-    if objective != "denoise":
-        return length, 0
-    noise, spans = span_counts(length, training.noise_density, training.mean_span_tokens)
-    target = length if training.denoise_target == "text" else noise + spans
-    return padded_length(length - noise + spans + 1), padded_length(target + 1)
 
 
 def _scored_share(training: PretrainSettings | FinetuneSettings, objective: str, lengths: tuple[int, int]) -> float:
@@ -312,7 +286,7 @@ def _work(
     """:param packed_tokens: of a step of pretraining."""
     complete = checkpoints.checkpoints(run)
     is_streamed = isinstance(training, PretrainSettings) and training.stream
-    seen = 0 if is_streamed or not corpus else corpus.counts["tokens"][_split(training.section, "train")]
+    seen = 0 if is_streamed or not corpus else corpus.counts["tokens"][split_of(training.section, "train")]
     step_tokens = packed_tokens if isinstance(training, PretrainSettings) else training.global_batch_tokens
     return Work(
         steps=training.steps,
@@ -322,37 +296,6 @@ def _work(
         epochs=round(training.steps * step_tokens / seen, 2) if seen else None,
         flops=None if step_flops is None else training.steps * step_flops,
     )
-
-
-def _changes(before: Any, now: Any) -> Iterator[str]:
-    """Each value that was another before; keys that there were not are passed over."""
-
-    def common(old: Any, new: Any) -> Any:
-        if isinstance(old, dict) and isinstance(new, dict):
-            return {key: common(value, new.get(key)) for key, value in old.items()}
-        return new
-
-    return differences(before, common(before, now))
-
-
-def _corpus(settings: Settings, stage: str, notes: list[str]) -> Manifest | None:
-    """The manifest of the prepared corpus, if there is one.
-
-    :raises ArtifactError: it has nothing for the stage.
-    """
-    tokens = StoragePath(settings.storage) / "tokens" / settings.corpus.name
-    corpus = Manifest.read(tokens)
-    if corpus is None:
-        notes.append(f"{tokens} is not prepared: taken as the settings say, with a vocabulary as large as they allow")
-        return None
-    if changed := list(_changes(corpus.settings["corpus"], settings.corpus.model_dump(mode="json"))):
-        what = "; ".join(changed[:3])
-        notes.append(f"{tokens} was prepared with other settings ({what}); `raylm prepare` renews it")
-    for name in ("train", "validation"):
-        if not corpus.counts["rows"].get(_split(stage, name)):
-            kind = "documents" if stage == "pretrain" else "pairs"
-            raise ArtifactError(f"corpus {tokens}: has no {kind}/{name}; give it corpus.{kind} and prepare it again")
-    return corpus
 
 
 def _headed(start: Start, objective: str, tokens: StoragePath | None, notes: list[str]) -> Start:
@@ -373,7 +316,6 @@ def _model(settings: Settings, training: PretrainSettings | FinetuneSettings, st
 
     :raises SettingsError: `transformers` does not build it, or adapters fit none of its layers.
     """
-    check_heads(start.config)
     try:
         return models.build_shapes(start.config, training.lora if isinstance(training, FinetuneSettings) else None)
     except SettingsError:
@@ -431,10 +373,6 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     """A config without what says nothing of the model."""
     ignored = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures")
     return {key: value for key, value in config.items() if key not in ignored}
-
-
-def _split(stage: str, name: str) -> str:
-    return f"{'documents' if stage == 'pretrain' else 'pairs'}/{name}"
 
 
 # ---------------------------------------------------------------------------------------- for the terminal

@@ -14,7 +14,9 @@ from raylm.tasks import ANSWER, CLASSIFY, SUMMARIZE, TASKS
 from raylm.training import checkpoint as checkpoints
 from raylm.training.generation import HeldOut, answers, read_held_out
 from raylm.training.labels import check_labels, label_counts
-from raylm.training.trainer import MODEL, load_trained, prepared_corpus, run_directory
+from raylm.training.runs import MODEL, corpus_fingerprint, prepared_corpus, run_directory
+from raylm.training.start import check_tokenizer
+from raylm.training.trainer import load_trained
 
 _SAMPLES = 3
 
@@ -36,12 +38,14 @@ def evaluate(settings: Settings) -> Manifest:
         "checkpoint": checkpoint.directory.name,
         **settings.evaluate.model_dump(),
         "outputs": checkpoint.manifest.outputs,
+        "corpus": corpus_fingerprint(tokens),
     }
     earlier = Manifest.read(directory)
     if earlier and earlier.inputs == key:
         return earlier
     model, checkpoint = load_trained(run)
     tokenizer = models.load_tokenizer((run / MODEL).address)
+    check_tokenizer(tokens, tokenizer, (run / MODEL).address)
     is_classifier = models.is_classifier(model.config)
     test_sets = read_held_out(tokens, "test", settings.evaluate.rows_per_task, labelled=is_classifier)
     if is_classifier:

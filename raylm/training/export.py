@@ -14,7 +14,8 @@ from raylm.storage import MANIFEST, Manifest, Stopwatch, StoragePath
 from raylm.tasks import CLASSIFY, GENERATE, LEARNED, SUMMARIZE, TASKS, TRANSLATE
 from raylm.training import checkpoint as checkpoints
 from raylm.training.examples import sequence_length
-from raylm.training.trainer import prepared_corpus, run_directory, save_model
+from raylm.training.runs import prepared_corpus, run_directory
+from raylm.training.trainer import save_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -41,6 +42,9 @@ def export(settings: Settings, pretrained: bool = False) -> Manifest:
     target = StoragePath(model_directory(settings))
     best = checkpoints.best(run, is_read=False)
     evaluation = Manifest.read(run / "evaluation")
+    if evaluation and evaluation.inputs.get("outputs") != best.manifest.outputs:
+        note(f"export: without the scores of {run / 'evaluation'}, of another checkpoint; `raylm evaluate` renews them")
+        evaluation = None
     lineage = {
         "run": str(run),
         "checkpoint": best.directory.name,

@@ -82,8 +82,9 @@ def choose_width(
         kind = "GPUs" if gpus else "CPUs"
         beside = f", {cpus_for_data} CPU of which {training.section}.stream needs" if cpus_for_data else ""
         raise TrainingError(f"{training.section}.workers is {least}, the cluster has {gpus or cpus} {kind}{beside}")
-    if topology and is_of(topology):
-        most = min(most, have)  # an autoscaler that cannot bring all that is asked for brings nothing
+    if cpus_for_data or (topology and is_of(topology)):
+        # An autoscaler that cannot bring all that is asked for brings nothing; workers on all CPUs leave none for data.
+        most = min(most, have)
     is_elastic = least < most
     each = 1 if gpus or is_elastic else _cpus_each(machines("CPU", topology), least, cpus_for_data)
     return Width(least, most, bool(gpus), each)

@@ -110,7 +110,10 @@ class _Worker:
             # A machine that will be taken away leaves time for a checkpoint, perhaps, and not for more.
             if pause is None and (is_saving or done % settings.validate_every == 0):
                 noted |= self._validate(done)
-                is_last |= self._patience.is_over(noted["validation_loss"])
+                if self._patience.is_over(noted["validation_loss"]) and not is_last:
+                    is_last = True
+                    if done % settings.log_every:
+                        self._note_window(step)
             if is_saving or is_last or pause is not None:
                 self._save(noted)
             if pause is not None:

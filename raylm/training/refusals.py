@@ -4,22 +4,99 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from raylm import models
-from raylm.errors import SettingsError
-from raylm.settings import FinetuneSettings, PretrainSettings
-from raylm.storage import StoragePath
+from raylm.errors import ArtifactError, SettingsError
+from raylm.settings import FinetuneSettings, PretrainSettings, Settings, differences
+from raylm.storage import Manifest, StoragePath
 from raylm.summary import size
-from raylm.tasks import LEARNED
+from raylm.tasks import CLASSIFY, LEARNED
+from raylm.training.batches import padded_length
+from raylm.training.noise import span_counts
 from raylm.training.objectives import objective_for
-from raylm.training.start import Start
+from raylm.training.start import Start, find_start
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def check_training(training: PretrainSettings | FinetuneSettings, length: int) -> list[str]:
+def check_start(
+    settings: Settings, training: PretrainSettings | FinetuneSettings, corpus: Manifest | None, notes: list[str]
+) -> tuple[Start, str, tuple[int, int]]:
+    """What a run would begin with, its objective, and the padded lengths of its longest sequence: all that a single
+    stack reads and 0, or source and target.
+
+    :param corpus: the manifest of the prepared one, if there is one.
+    :param notes: gets what is hardly meant.
+    :raises RaylmError: the run could not learn, or would fail at some step.
+    """
+    length = settings.corpus.sequence_length
+    if corpus:
+        notes += _check_corpus(settings, training.section, corpus)
+        length = int(corpus.settings["corpus"]["sequence_length"])
+    notes += _check_numbers(training, length)
+    start = find_start(settings, training, StoragePath(corpus.directory) if corpus else None, notes)
+    objective = _check_objective(training, start)
+    lengths = _padded_lengths(training, objective, start.config.is_encoder_decoder, length)
+    _check_positions(training, start.config, lengths)
+    _check_heads(start.config)
+    return start, objective, lengths
+
+
+def shortages(storage: StoragePath, resident: int, checkpoint_total: int, on_gpu: bool) -> list[str]:
+    """Notes where this machine's memory or its disk is smaller than what is needed."""
+    import torch
+
+    notes = []
+    there = torch.cuda.get_device_properties(0).total_memory if on_gpu else _physical_memory()
+    if there and resident > there:
+        where = "this machine's GPU" if on_gpu else "this machine"
+        notes.append(f"a worker needs {size(resident)} of memory, {where} has {size(there)}")
+    if storage.is_local:
+        place = storage.local()
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(place).free
+        if checkpoint_total > free:
+            notes.append(f"checkpoints need {size(checkpoint_total)}, {place} has {size(free)} free")
+    return notes
+
+
+def split_of(stage: str, name: str) -> str:
+    """Which rows of a corpus a stage reads."""
+    return f"{'documents' if stage == 'pretrain' else 'pairs'}/{name}"
+
+
+def _check_corpus(settings: Settings, stage: str, corpus: Manifest) -> list[str]:
+    """A note where the corpus is not as the settings say.
+
+    :raises ArtifactError: it has nothing for the stage.
+    """
+    for name in ("train", "validation"):
+        if not corpus.counts["rows"].get(split_of(stage, name)):
+            kind = "documents" if stage == "pretrain" else "pairs"
+            raise ArtifactError(
+                f"corpus {corpus.directory}: has no {kind}/{name}; give it corpus.{kind} and prepare it again"
+            )
+    changed = list(_changes(corpus.settings["corpus"], settings.corpus.model_dump(mode="json")))
+    what = "; ".join(changed[:3])
+    return [f"{corpus.directory} was prepared with other settings ({what}); `raylm prepare` renews it"] * bool(changed)
+
+
+def _changes(before: Any, now: Any) -> Iterator[str]:
+    """Each value that was another before; keys that there were not are passed over."""
+
+    def common(old: Any, new: Any) -> Any:
+        if isinstance(old, dict) and isinstance(new, dict):
+            return {key: common(value, new.get(key)) for key, value in old.items()}
+        return new
+
+    return differences(before, common(before, now))
+
+
+def _check_numbers(training: PretrainSettings | FinetuneSettings, length: int) -> list[str]:
     """Notes on numbers of the section that are hardly meant.
 
     :param length: of a packed sequence.
@@ -45,7 +122,7 @@ def check_training(training: PretrainSettings | FinetuneSettings, length: int) -
     return notes
 
 
-def check_objective(training: PretrainSettings | FinetuneSettings, start: Start) -> str:
+def _check_objective(training: PretrainSettings | FinetuneSettings, start: Start) -> str:
     """The objective of the run.
 
     :raises SettingsError: the model cannot learn by it, or its tokenizer lacks a token for it.
@@ -67,7 +144,28 @@ def check_objective(training: PretrainSettings | FinetuneSettings, start: Start)
     return objective
 
 
-def check_positions(
+def _padded_lengths(
+    training: PretrainSettings | FinetuneSettings, objective: str, is_encoder_decoder: bool, length: int
+) -> tuple[int, int]:
+    """The padded lengths of the longest sequence: all that a single stack reads and 0, or source and target.
+
+    :param length: of a packed sequence.
+    """
+    if isinstance(training, FinetuneSettings):
+        source, target = training.max_source_tokens, training.max_target_tokens
+        if objective == CLASSIFY.name:
+            return padded_length(source), 0
+        if not is_encoder_decoder:
+            return padded_length(source + target), 0
+        return padded_length(source), padded_length(target)
+    if objective != "denoise":
+        return length, 0
+    noise, spans = span_counts(length, training.noise_density, training.mean_span_tokens)
+    target = length if training.denoise_target == "text" else noise + spans
+    return padded_length(length - noise + spans + 1), padded_length(target + 1)
+
+
+def _check_positions(
     training: PretrainSettings | FinetuneSettings, config: PretrainedConfig, lengths: tuple[int, int]
 ) -> None:
     """:raises SettingsError: sequences are longer than the model has positions."""
@@ -83,30 +181,11 @@ def check_positions(
             raise SettingsError(f"{key} makes sequences of {length:,} positions, the model has {positions:,}")
 
 
-def check_heads(config: PretrainedConfig) -> None:
+def _check_heads(config: PretrainedConfig) -> None:
     """:raises SettingsError: heads that a model is built with, and fails on at its first step."""
     heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if shared and heads % shared:
         raise SettingsError(f"model.config: {heads} attention heads cannot share {shared} heads of keys and values")
-
-
-def shortages(storage: StoragePath, resident: int, checkpoint_total: int, on_gpu: bool) -> list[str]:
-    """Notes where this machine's memory or its disk is smaller than what is needed."""
-    import torch
-
-    notes = []
-    there = torch.cuda.get_device_properties(0).total_memory if on_gpu else _physical_memory()
-    if there and resident > there:
-        where = "this machine's GPU" if on_gpu else "this machine"
-        notes.append(f"a worker needs {size(resident)} of memory, {where} has {size(there)}")
-    if storage.is_local:
-        place = storage.local()
-        while not place.exists():
-            place = place.parent
-        free = shutil.disk_usage(place).free
-        if checkpoint_total > free:
-            notes.append(f"checkpoints need {size(checkpoint_total)}, {place} has {size(free)} free")
-    return notes
 
 
 def _physical_memory() -> int:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raylm import models
-from raylm.errors import SettingsError, did_you_mean
+from raylm.errors import ArtifactError, SettingsError, did_you_mean
 from raylm.settings import FinetuneSettings, PretrainSettings, Settings
 from raylm.storage import Manifest, StoragePath
-from raylm.training.trainer import MODEL, run_directory
+from raylm.training.runs import MODEL, run_directory
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -41,7 +41,10 @@ def find_start(
             notes.append(f"{parent} has not finished: taken as the model that it would train")
         if (parent / MODEL / "config.json").is_file():
             place = (parent / MODEL).address
-            return Start(f"run {parent.name}", models.load_config(place), models.load_tokenizer(place))
+            tokenizer = models.load_tokenizer(place)
+            if tokens:
+                check_tokenizer(tokens, tokenizer, place)
+            return Start(f"run {parent.name}", models.load_config(place), tokenizer)
     path = settings.model.start_from
     if path is None:
         tokenizer = _corpus_tokenizer(settings, tokens)
@@ -51,13 +54,22 @@ def find_start(
         notes.append("model.config has no effect on a model that model.start_from names")
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:  # never an id of a hub, which would be asked for it
         models.check_model_directory(path)
-    config, tokenizer = models.load_config(path), models.load_tokenizer(path)
-    if tokens and (ids := len(_corpus_tokenizer(settings, tokens))) > config.vocab_size:
-        raise SettingsError(
-            f"model.start_from: {path} knows {config.vocab_size:,} token ids, corpus {tokens} was prepared with "
-            f"{ids:,} of another tokenizer; run `raylm prepare` again"
+    tokenizer = models.load_tokenizer(path)
+    if tokens:
+        check_tokenizer(tokens, tokenizer, path)
+    return Start(path, models.load_config(path), tokenizer)
+
+
+def check_tokenizer(tokens: StoragePath, tokenizer: PreTrainedTokenizerFast, model: str) -> None:
+    """:raises ArtifactError: the ids of a corpus are not those of a model's tokenizer."""
+    ours, theirs = models.load_tokenizer((tokens / "tokenizer").address).get_vocab(), tokenizer.get_vocab()
+    if ours != theirs:
+        other = sum(theirs.get(token) != number for token, number in ours.items())
+        raise ArtifactError(
+            f"corpus {tokens}: was prepared with another tokenizer than that of {model}: of its {len(ours):,} tokens"
+            f" {other:,} have another id or none; `raylm prepare --set corpus.tokenizer.start_from={model}` prepares it"
+            " with the model's"
         )
-    return Start(path, config, tokenizer)
 
 
 def _corpus_tokenizer(settings: Settings, tokens: StoragePath | None) -> PreTrainedTokenizerFast:

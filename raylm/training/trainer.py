@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from raylm import models
 from raylm.errors import ArtifactError, TrainingError
 from raylm.progress import Progress, note
-from raylm.settings import FinetuneSettings, PretrainSettings, Settings, differences
+from raylm.settings import FinetuneSettings, PretrainSettings, Settings
 from raylm.settings.training import LoraSettings
 from raylm.storage import Manifest, Stopwatch, StoragePath, fingerprint
 from raylm.tasks import CLASSIFY
@@ -19,40 +19,24 @@ from raylm.training.average import averaged_weights
 from raylm.training.groups import choose_width, train_in_groups
 from raylm.training.job import TrainingJob
 from raylm.training.labels import label_names
-from raylm.training.objectives import objective_for
+from raylm.training.refusals import check_start
+from raylm.training.runs import (
+    MODEL,
+    RUN_FILE,
+    check_settings,
+    corpus_fingerprint,
+    fixed_settings,
+    prepared_corpus,
+    run_directory,
+    started_with,
+)
+from raylm.training.start import Start
 from raylm.training.streaming import PLACE, RECORD, TokenStream
 from raylm.training.telemetry import read_metrics
 from raylm.training.zero import whole_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-MODEL = "model"
-"""Below a run: config and tokenizer, from which its checkpoints become models."""
-RUN_FILE = "run.json"
-"""Below a run: what it was started with."""
-
-_FREE = {
-    "name",
-    "steps",
-    "micro_batch_tokens",
-    "workers",
-    "log_every",
-    "validate_every",
-    "validation_batches",
-    "early_stopping",
-    "checkpoint_every",
-    "keep_last",
-    "max_failures",
-    "collective_timeout_s",
-    "activation_checkpointing",
-    "offload",
-    "kernels",
-    "compile",
-    "scored_rows",
-    "verify_data",
-}
-"""What may change between two starts of one run: nothing of it changes what a step computes."""
 
 
 def pretrain(settings: Settings, stream: TokenStream | None = None) -> Manifest:
@@ -78,21 +62,6 @@ def finetune(settings: Settings) -> Manifest:
             f"run {parent}: pretraining has not finished; run `raylm pretrain`, or set finetune.start=scratch"
         )
     return _run(settings, settings.finetune, parent)
-
-
-def prepared_corpus(settings: Settings) -> StoragePath:
-    """The directory of the prepared corpus.
-
-    :raises ArtifactError: it is absent or unfinished.
-    """
-    tokens = StoragePath(settings.storage) / "tokens" / settings.corpus.name
-    if Manifest.read(tokens) is None:
-        raise ArtifactError(f"corpus {tokens}: not prepared; run `raylm prepare` first")
-    return tokens
-
-
-def run_directory(settings: Settings, name: str) -> StoragePath:
-    return StoragePath(settings.storage) / "runs" / name
 
 
 def load_trained(run: StoragePath) -> tuple[PreTrainedModel, checkpoints.Checkpoint]:
@@ -164,18 +133,23 @@ def _run(
     _check_inputs(run, fixed, tokens, parent)
     check_settings(run, settings, training)
     earlier = Manifest.read(run)
-    if earlier and (earlier.metrics["step"] >= training.steps or earlier.metrics.get("stopped_early")):
-        early = " and stopped early" if earlier.metrics.get("stopped_early") else ""
+    if earlier and _is_over(earlier, training):
+        early = f" and stopped early; another {stage}.early_stopping has it go on" if _has_stopped(earlier) else ""
         note(f"{stage}: {run} has {earlier.metrics['step']} steps already{early}")
         return earlier
-
-    start = _publish_start(run, parent or settings.model.start_from)
+    if started_with(run) is None:
+        notes: list[str] = []
+        start, objective, _ = check_start(settings, training, Manifest.read(tokens), notes)
+        for text in notes:
+            note(f"{stage}: {text}")
+        _publish_model_files(run, start, objective, tokens)
+    weights = _publish_start(run, parent or settings.model.start_from)
     job = TrainingJob(
         settings=training,
         run=run.address,
         tokens=tokens.address,
-        model=_publish_model_files(run, settings, training, tokens, start or (tokens / "tokenizer").address),
-        start=start,
+        model=(run / MODEL).address,
+        start=weights,
     )
     (run / RUN_FILE).write_json(fixed)
     stopwatch = Stopwatch()
@@ -208,6 +182,16 @@ def _run(
     return manifest.write(run)
 
 
+def _is_over(earlier: Manifest, training: PretrainSettings | FinetuneSettings) -> bool:
+    """Whether a finished run has nothing more to do; one that lost patience has, where the patience is another now."""
+    is_patient_as_before = earlier.settings[training.section].get("early_stopping") == training.early_stopping
+    return earlier.metrics["step"] >= training.steps or (_has_stopped(earlier) and is_patient_as_before)
+
+
+def _has_stopped(run: Manifest) -> bool:
+    return bool(run.metrics.get("stopped_early"))
+
+
 def _trained_parameters(job: TrainingJob) -> int:
     lora = job.settings.lora if isinstance(job.settings, FinetuneSettings) else None
     return models.parameter_count(models.build_shapes(models.load_config(job.model), lora))
@@ -221,50 +205,22 @@ def _fixed(
     stream: TokenStream | None,
 ) -> dict[str, Any]:
     """What a run is started with: settings, corpus and weights, none of which may change."""
-    corpus = Manifest.read(tokens)
     return {
         **fixed_settings(settings, training),
-        "corpus": fingerprint([corpus.outputs, *([stream.key] if stream else [])]) if corpus else None,
+        "corpus": corpus_fingerprint(tokens, *([stream.key] if stream else [])),
         "start": fingerprint(checkpoints.best(parent, is_read=False).manifest.outputs) if parent else None,
     }
 
 
-def fixed_settings(settings: Settings, training: PretrainSettings | FinetuneSettings) -> dict[str, Any]:
-    """The settings that may not change between two starts of one run."""
-    return {
-        "model": settings.model.model_dump(mode="json", exclude={"name"}),
-        "training": training.model_dump(mode="json", exclude=_FREE),
-    }
-
-
-def check_settings(run: StoragePath, settings: Settings, training: PretrainSettings | FinetuneSettings) -> None:
-    """:raises TrainingError: the run exists and was started with other settings."""
-    before, now = _started_with(run), fixed_settings(settings, training)
-    if before and (changed := list(differences({key: before[key] for key in now}, now))):
-        raise TrainingError(
-            f"run {run}: was started with other settings ({'; '.join(changed[:3])}); "
-            f"choose another run name, or remove {run}"
-        )
-
-
 def _check_inputs(run: StoragePath, fixed: dict[str, Any], tokens: StoragePath, parent: StoragePath | None) -> None:
     """:raises TrainingError: the run exists and was started on something else."""
-    before = _started_with(run)
+    before = started_with(run)
     for key, what in (
         ("corpus", f"another preparation of corpus {tokens.name}"),
         ("start", f"other weights of {parent}"),
     ):
         if before and before.get(key) != fixed[key]:
             raise TrainingError(f"run {run}: was started on {what}; choose another run name, or remove {run}")
-
-
-def _started_with(run: StoragePath) -> dict[str, Any] | None:
-    """What `_fixed` gave when the run was started, or None where it was not."""
-    file = run / RUN_FILE
-    if not file.is_file():
-        return None
-    before: dict[str, Any] = file.read_json()
-    return before
 
 
 def _publish_start(run: StoragePath, start: StoragePath | str | None) -> str | None:
@@ -288,28 +244,14 @@ def _publish_start(run: StoragePath, start: StoragePath | str | None) -> str | N
     return target.address
 
 
-def _publish_model_files(
-    run: StoragePath,
-    settings: Settings,
-    training: PretrainSettings | FinetuneSettings,
-    tokens: StoragePath,
-    model: str,
-) -> str:
-    """Put the config and the tokenizer below the run; returns where they are.
+def _publish_model_files(run: StoragePath, start: Start, objective: str, tokens: StoragePath) -> None:
+    """Put the config, with the head that the objective trains, and the tokenizer below the run.
 
-    :raises SettingsError: the objective does not fit the model.
     :raises ArtifactError: the corpus has no labels to learn, or held-out ones that nothing teaches.
     """
-    target = run / MODEL
-    if not (target / "config.json").is_file():
-        with tempfile.TemporaryDirectory(prefix="raylm-config-") as local:
-            tokenizer = models.load_tokenizer(model)
-            is_model = settings.model.start_from or (StoragePath(model) / "config.json").is_file()
-            config = models.load_config(model) if is_model else models.build_config(settings.model, tokenizer)
-            objective = objective_for(training.objective, models.architecture(config), training.section)
-            labels = label_names(tokens) if objective == CLASSIFY.name else []
-            config = models.with_head(config, labels, tokenizer.pad_token_id)
-            tokenizer.save_pretrained(local)
-            config.save_pretrained(local)
-            target.upload_files(Path(local))
-    return target.address
+    labels = label_names(tokens) if objective == CLASSIFY.name else []
+    config = models.with_head(start.config, labels, start.tokenizer.pad_token_id)
+    with tempfile.TemporaryDirectory(prefix="raylm-config-") as local:
+        start.tokenizer.save_pretrained(local)
+        config.save_pretrained(local)
+        (run / MODEL).upload_files(Path(local))

@@ -231,7 +231,10 @@ def test_prometheus_is_told_where_the_machines_are() -> None:
     assert job["file_sd_configs"] == [{"files": ["/tmp/ray/prom_metrics_service_discovery.json"]}]
     monitor = yaml.safe_load(render(KUBERAY, "prometheus"))
     assert monitor["kind"] == "PodMonitor"
-    assert monitor["spec"]["selector"]["matchLabels"] == {"ray.io/cluster": "raylm"}
+    assert monitor["metadata"]["namespace"] == yaml.safe_load(KUBERAY.read_text())["provider"]["namespace"]
+    namespaces = {resource["metadata"]["namespace"] for resource in yaml.safe_load_all(render(KUBERAY, "raycluster"))}
+    assert namespaces == {monitor["metadata"]["namespace"]}
+    assert monitor["spec"]["selector"]["matchExpressions"] == [{"key": "ray.io/cluster", "operator": "Exists"}]
     with pytest.raises(SettingsError, match=r"local.yaml: machines that are processes"):
         render(CLUSTERS / "local.yaml", "prometheus")
 

@@ -16,7 +16,8 @@ from raylm.storage import StoragePath
 from raylm.training import checkpoint as checkpoints
 from raylm.training.job import TrainingJob
 from raylm.training.record import DATA
-from raylm.training.trainer import pretrain, run_directory
+from raylm.training.runs import run_directory
+from raylm.training.trainer import pretrain
 from tests.training.runs import changed, damage, losses, on_workers, train_jobs
 
 STEPS = 12

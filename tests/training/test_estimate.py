@@ -17,14 +17,15 @@ import pytest
 from click.testing import CliRunner, Result
 
 from raylm.cli import main
-from raylm.errors import SettingsError, TrainingError
+from raylm.errors import ArtifactError, SettingsError, TrainingError
 from raylm.settings import ModelSettings, PretrainSettings, Settings
 from raylm.storage import Manifest, StoragePath
 from raylm.training.estimate import Estimate, dry_run, estimate_table
 from raylm.training.memory import BUCKET, LIVE, BatchShape, Memory, kept_bytes, loss_bytes, memory
 from raylm.training.objectives import MicroBatch, SelfSupervision
+from raylm.training.runs import fixed_settings
 from raylm.training.start import tokenizer_of_size
-from raylm.training.trainer import fixed_settings
+from raylm.training.trainer import pretrain
 from tests.training.runs import changed
 
 
@@ -372,14 +373,28 @@ def test_a_bad_configuration_is_refused_in_one_line(
 def test_a_corpus_of_another_tokenizer_is_refused(
     small_settings: Settings, corpus: StoragePath, tmp_path: Path
 ) -> None:
+    """Also one of as many tokens, whose ids mean other texts; and not only by the dry run."""
     from raylm import models
 
-    config, tokenizer, _ = build(ModelSettings(), 600)
+    config, tokenizer, _ = build(ModelSettings(), 1_000)
     models.build_model(config, seed=1).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    settings = changed(small_settings, model={"start_from": str(tmp_path), "config": {}}, pretrain={"warmup_steps": 5})
-    with pytest.raises(SettingsError, match="knows 600 token ids, .* was prepared with 1,000"):
-        dry_run(settings, "pretrain")
+    settings = changed(
+        small_settings,
+        model={"start_from": str(tmp_path), "config": {}},
+        pretrain={"name": "other-tokenizer", "warmup_steps": 5},
+    )
+    for stage in (lambda: dry_run(settings, "pretrain"), lambda: pretrain(settings)):
+        with pytest.raises(ArtifactError, match=f"another tokenizer than that of {tmp_path}: of its 1,000 tokens 9"):
+            stage()
+    assert not (StoragePath(settings.storage) / "runs" / "other-tokenizer" / "run.json").is_file()
+
+
+def test_training_refuses_what_the_dry_run_refuses(small_settings: Settings, corpus: StoragePath) -> None:
+    settings = changed(small_settings, model={"config": {"max_position_embeddings": 32}}, pretrain={"name": "refused"})
+    for stage in (lambda: dry_run(settings, "pretrain"), lambda: pretrain(settings)):
+        with pytest.raises(SettingsError, match=r"corpus.sequence_length makes sequences of \d+ positions, .* has 32"):
+            stage()
 
 
 def test_a_run_that_was_started_otherwise_is_refused(small_settings: Settings, corpus: StoragePath) -> None:

@@ -17,8 +17,9 @@ import pytest
 from raylm.settings import Settings
 from raylm.storage import StoragePath
 from raylm.training import checkpoint as checkpoints
+from raylm.training.runs import run_directory
 from raylm.training.telemetry import read_metrics
-from raylm.training.trainer import pretrain, run_directory
+from raylm.training.trainer import pretrain
 from tests.conftest import REPOSITORY
 from tests.training.runs import changed, losses
 

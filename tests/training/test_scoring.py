@@ -18,8 +18,9 @@ from raylm.storage import StoragePath
 from raylm.tasks import TASKS
 from raylm.training.batches import Shards, TokenLists
 from raylm.training.generation import answers, read_held_out
+from raylm.training.runs import run_directory
 from raylm.training.telemetry import read_metrics
-from raylm.training.trainer import finetune, load_trained, pretrain, run_directory
+from raylm.training.trainer import finetune, load_trained, pretrain
 from tests.training.runs import changed
 
 

@@ -12,8 +12,9 @@ from raylm.errors import TrainingError
 from raylm.settings import Settings
 from raylm.storage import Manifest, StoragePath
 from raylm.training import checkpoint as checkpoints
+from raylm.training.runs import run_directory
 from raylm.training.streaming import PLACE, RECORD
-from raylm.training.trainer import pretrain, run_directory
+from raylm.training.trainer import pretrain
 from tests.corpus.test_pipeline import document, write_jsonl
 from tests.training.runs import changed, losses
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from raylm.storage import Manifest, StoragePath
 from raylm.training import checkpoint as checkpoints
 from raylm.training.job import TrainingJob
 from raylm.training.record import DATA
-from raylm.training.trainer import finetune, load_trained, pretrain, run_directory
+from raylm.training.runs import run_directory
+from raylm.training.trainer import finetune, load_trained, pretrain
 from tests.training.runs import changed, gradient_norms, losses, train_jobs
 
 
@@ -170,6 +172,19 @@ def test_every_family_learns_by_its_objective(
     assert sum(found[-3:]) < sum(found[:3]) - 0.5
 
 
+def test_a_run_that_lost_patience_goes_on_with_more(small_settings: Settings, corpus: StoragePath) -> None:
+    training = {
+        "name": "patience", "workers": 1, "steps": 8, "validate_every": 2, "log_every": 100, "zero_stage": 0,
+        "learning_rate": 1e-12, "early_stopping": 1,
+    }  # fmt: skip
+    settings = changed(small_settings, pretrain=training)
+    stopped = pretrain(settings)
+    assert stopped.metrics["stopped_early"] and stopped.metrics["step"] == 4
+    assert len(losses(run_directory(settings, "patience"))) == 1  # though no hundred steps have passed
+    assert pretrain(settings) == stopped
+    assert pretrain(changed(settings, pretrain={"early_stopping": None})).metrics["step"] == 8
+
+
 def test_finetune_evaluate_export(small_settings: Settings, pretrained: Manifest) -> None:
     import torch
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -193,6 +208,7 @@ def test_finetune_evaluate_export(small_settings: Settings, pretrained: Manifest
 
     exported = export(small_settings)
     assert export(small_settings) == exported
+    assert exported.inputs["metrics"] == scored.metrics
     directory = f"{small_settings.storage}/models/default"
     model = AutoModelForSeq2SeqLM.from_pretrained(directory).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -207,6 +223,9 @@ def test_finetune_evaluate_export(small_settings: Settings, pretrained: Manifest
     assert model.get_input_embeddings().weight[tokenizer.pad_token_id].abs().max() == 0
     card = Path(directory, "README.md").read_text()
     assert "| translate-de (20 rows) | chrf |" in card
+
+    replace(scored, inputs=scored.inputs | {"outputs": []}).write(run / "evaluation")
+    assert "translate-de" not in export(small_settings).inputs["metrics"]  # the scores of another checkpoint
 
 
 def test_a_model_of_somebody_else_is_the_start(small_settings: Settings, corpus: StoragePath, tmp_path: Path) -> None:

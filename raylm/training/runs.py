@@ -1,0 +1,89 @@
+"""A run's directory, the corpus that it reads, and what it was started with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raylm.errors import ArtifactError, TrainingError
+from raylm.settings import FinetuneSettings, PretrainSettings, Settings, differences
+from raylm.storage import Manifest, StoragePath, fingerprint
+
+MODEL = "model"
+"""Below a run: config and tokenizer, from which its checkpoints become models."""
+RUN_FILE = "run.json"
+"""Below a run: what it was started with."""
+
+_FREE = {
+    "name",
+    "steps",
+    "micro_batch_tokens",
+    "workers",
+    "log_every",
+    "validate_every",
+    "validation_batches",
+    "early_stopping",
+    "checkpoint_every",
+    "keep_last",
+    "max_failures",
+    "collective_timeout_s",
+    "activation_checkpointing",
+    "offload",
+    "kernels",
+    "compile",
+    "scored_rows",
+    "verify_data",
+}
+"""What may change between two starts of one run: of the same step it changes nothing but, by `steps`, the rate."""
+
+
+def corpus_directory(settings: Settings) -> StoragePath:
+    """Where the corpus is, or will be."""
+    return StoragePath(settings.storage) / "tokens" / settings.corpus.name
+
+
+def prepared_corpus(settings: Settings) -> StoragePath:
+    """The directory of the prepared corpus.
+
+    :raises ArtifactError: it is absent or unfinished.
+    """
+    tokens = corpus_directory(settings)
+    if Manifest.read(tokens) is None:
+        raise ArtifactError(f"corpus {tokens}: not prepared; run `raylm prepare` first")
+    return tokens
+
+
+def corpus_fingerprint(tokens: StoragePath, *beside: str) -> str | None:
+    """Of what a prepared corpus holds, and of what else is given; None where it is not prepared."""
+    corpus = Manifest.read(tokens)
+    return fingerprint([corpus.outputs, *beside]) if corpus else None
+
+
+def run_directory(settings: Settings, name: str) -> StoragePath:
+    return StoragePath(settings.storage) / "runs" / name
+
+
+def fixed_settings(settings: Settings, training: PretrainSettings | FinetuneSettings) -> dict[str, Any]:
+    """The settings that may not change between two starts of one run."""
+    return {
+        "model": settings.model.model_dump(mode="json", exclude={"name"}),
+        "training": training.model_dump(mode="json", exclude=_FREE),
+    }
+
+
+def check_settings(run: StoragePath, settings: Settings, training: PretrainSettings | FinetuneSettings) -> None:
+    """:raises TrainingError: the run exists and was started with other settings."""
+    before, now = started_with(run), fixed_settings(settings, training)
+    if before and (changed := list(differences({key: before[key] for key in now}, now))):
+        raise TrainingError(
+            f"run {run}: was started with other settings ({'; '.join(changed[:3])}); "
+            f"choose another run name, or remove {run}"
+        )
+
+
+def started_with(run: StoragePath) -> dict[str, Any] | None:
+    """What a run was started with, or None where it was not."""
+    file = run / RUN_FILE
+    if not file.is_file():
+        return None
+    before: dict[str, Any] = file.read_json()
+    return before
