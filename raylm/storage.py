@@ -202,7 +202,7 @@ class StoragePath:
         try:
             self.filesystem.create_dir(self.path, recursive=True)
         except OSError as error:
-            raise OutputError(f"cannot make the directory {self}: {_reason(error)}") from error
+            raise OutputError(f"cannot make the directory {self}: {reason(error)}") from error
         return self
 
     def delete(self) -> None:
@@ -224,7 +224,7 @@ class StoragePath:
                 self.filesystem.create_dir(self.parent.path, recursive=True)
                 self._send(local_file)
             except OSError as error:
-                raise OutputError(f"cannot write {self}: {_reason(error)}") from error
+                raise OutputError(f"cannot write {self}: {reason(error)}") from error
             return
         with local_file.open("rb") as source, self.writing() as sink:
             shutil.copyfileobj(source, sink, _COPY_BYTES)
@@ -243,12 +243,6 @@ class StoragePath:
         """Publish the files of a local directory here, `config.json` last: what finds it finds a whole model."""
         for file in sorted(local.iterdir(), key=lambda file: (file.name == "config.json", file.name)):
             (self / file.name).upload(file)
-
-    def download_files(self, local: Path) -> None:
-        """Copy the files of this directory, not those of directories in it, to a local one."""
-        for file, info in self.list():
-            if info.is_file:
-                file.download(local / file.name)
 
     def at_hand(self) -> Path:
         """This file, or this directory with its files, on local disk: itself, or a copy.
@@ -302,7 +296,7 @@ class AtomicWriter:
             self._target.filesystem.create_dir(self._target.parent.path, recursive=True)
             self._stream = self._written_to.filesystem.open_output_stream(self._written_to.path)
         except OSError as error:
-            raise OutputError(f"cannot write {self._target}: {_reason(error)}") from error
+            raise OutputError(f"cannot write {self._target}: {reason(error)}") from error
         return self._stream
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -316,7 +310,7 @@ class AtomicWriter:
             self._written_to.delete()
         if isinstance(error, OSError):
             by_way = "" if self._target.is_local else f" (it is put together in {tempfile.gettempdir()})"
-            raise OutputError(f"cannot write {self._target}: {_reason(error)}{by_way}") from error
+            raise OutputError(f"cannot write {self._target}: {reason(error)}{by_way}") from error
 
     def _publish(self) -> None:
         if self._target.is_local:
@@ -328,12 +322,12 @@ class AtomicWriter:
 def persistently(place: StoragePath, action: Callable[[], T]) -> T:
     """What an action on a place gives; an object store that refuses is asked again after a while.
 
-    :raises RaylmError: as the action; it refuses for good, or it is a local disk that does.
+    :raises RaylmError: as the action, or OSError; it refuses for good, or it is a local disk that does.
     """
     for wait_s in () if place.is_local else _RETRY_AFTER_S:
         try:
             return action()
-        except (InputError, OutputError):
+        except (OSError, InputError, OutputError):
             time.sleep(wait_s)
     return action()
 
@@ -344,7 +338,7 @@ def at_once(ask: Callable[[About], T], about: Iterable[About]) -> list[T]:
         return list(pool.map(ask, about))
 
 
-def _reason(error: OSError) -> str:
+def reason(error: OSError) -> str:
     """What the system says, without pyarrow's prefix."""
     text = os.strerror(error.errno) if error.errno else str(error)
     return text.splitlines()[0]
@@ -448,7 +442,7 @@ def find_files(pattern: str, suffixes: tuple[str, ...]) -> Iterator[tuple[Storag
         base = place if "://" in place.uri else StoragePath(place.path)
         for _ in parts[globs[0] :]:
             base = base.parent
-        deep = len(parts) > globs[0] + 1
+        deep = len(parts) > globs[0] + 1 or "**" in parts[-1]
         names_hidden = _is_hidden("/".join(parts[globs[0] :]))
         selector = fs.FileSelector(folder, recursive=deep, allow_not_found=True)
         for match in sorted(place.filesystem.get_file_info(selector), key=lambda entry: entry.path):
@@ -463,13 +457,17 @@ def _is_hidden(path: str) -> bool:
 
 
 def _matches(path: str, pattern: str) -> bool:
-    """Whether a path fits a glob, part by part, so that `*` does not cross a slash; `**` does."""
+    """Whether a path fits a glob, part by part, so that `*` does not cross a slash; `**` does, wherever it stands."""
     regex = ""
     position = 0
     while position < len(pattern):
         if pattern.startswith("**/", position):
             regex += "(?:[^/]+/)*"
             position += 3
+            continue
+        if pattern.startswith("**", position):
+            regex += ".*"
+            position += 2
             continue
         sign = pattern[position]
         if sign == "*":

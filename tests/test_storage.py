@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from raylm.errors import ArtifactError, OutputError
-from raylm.storage import Manifest, StoragePath, find_files, fingerprint
+from raylm import storage
+from raylm.errors import ArtifactError, InputError, OutputError
+from raylm.storage import Manifest, StoragePath, find_files, fingerprint, persistently
 
 
 def test_a_file_is_published_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -79,8 +80,29 @@ def test_find_files_reads_a_file_a_directory_and_globs(tmp_path: Path) -> None:
     assert found(str(tmp_path)) == ["a.jsonl", "b/c.jsonl"]
     assert found(f"{tmp_path}/*.jsonl") == ["a.jsonl"]
     assert found(f"{tmp_path}/**/c.jsonl") == ["b/c.jsonl"]
+    assert found(f"{tmp_path}/**.jsonl") == ["a.jsonl", "b/c.jsonl"]
+    assert found(f"{tmp_path}/**") == ["a.jsonl", "b/c.jsonl", "b/d.txt"]
     assert found(f"{tmp_path}/[ab].jsonl") == ["a.jsonl"]
     assert found(f"{tmp_path}/nothing") == []
+
+
+def test_an_object_store_that_refuses_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_RETRY_AFTER_S", (0.0, 0.0))
+    for error, place, tries in (
+        (OSError("slow down"), "s3://bucket/file?region=us-east-1", 3),
+        (InputError("slow down"), "s3://bucket/file?region=us-east-1", 3),
+        (ValueError("never mind"), "s3://bucket/file?region=us-east-1", 1),
+        (OSError("the disk"), str(tmp_path), 1),
+    ):
+        asked: list[Exception] = []
+
+        def refuse(error: Exception = error, asked: list[Exception] = asked) -> None:
+            asked.append(error)
+            raise error
+
+        with pytest.raises(type(error)):
+            persistently(StoragePath(place), refuse)
+        assert len(asked) == tries
 
 
 def test_fingerprints_depend_on_content_alone() -> None:

@@ -23,7 +23,7 @@ from raylm.corpus.reading import read_texts
 from raylm.corpus.rows import CLEANED, DOCUMENT
 from raylm.corpus.shingles import Hashes, shingles
 from raylm.corpus.steps import Result, hash_bound, read_table, run_step, write_table
-from raylm.settings import DecontaminateSettings
+from raylm.settings import CorpusSettings, DecontaminateSettings
 from raylm.storage import StoragePath
 from raylm.tasks import CLASSIFY
 
@@ -69,7 +69,7 @@ def merged_file(plan: Plan, part: int) -> StoragePath:
 
 def _merge_part(plan: Plan, runs: Sequence[tuple[int, Result]], part: int, parts: int) -> Result:
     table = _ranged(plan, runs, hash_bound(part, parts), hash_bound(part + 1, parts))
-    splits = splits_of(table, plan.corpus.validation)
+    splits = splits_of(table, plan.corpus)
     table = table.append_column("decided", pa.array(splits, pa.string()))
     table = table.append_column("held_out", pa.array(splits != "train", pa.bool_()))
     order = pc.sort_indices(table, sort_keys=[("hash", "ascending"), *_preference(plan), *_CONTENT_ORDER])
@@ -113,14 +113,17 @@ def _merge_part(plan: Plan, runs: Sequence[tuple[int, Result]], part: int, parts
 
 
 def held_out_elsewhere(rows: pa.Table) -> NDArray[np.bool_]:
-    """Which pairs would be learned while what they ask is held out with another answer.
+    """Which pairs would be learned, or validated, while what they ask is held out, or tested, with another answer.
 
     Labelled texts are not among them: of their labels, one is chosen later.
     """
     is_pair = ~pc.is_in(rows["kind"], pa.array([DOCUMENT, CLASSIFY.name])).to_numpy(zero_copy_only=False)
-    held_out = rows["held_out"].to_numpy(zero_copy_only=False)
+    trained, tested = (pc.equal(rows["decided"], split).to_numpy(zero_copy_only=False) for split in ("train", "test"))
     asked = _prefixes(rows["hash"])
-    return np.asarray(is_pair & ~held_out & np.isin(asked, np.unique(asked[is_pair & held_out])), bool)
+    elsewhere = np.zeros(len(rows), bool)
+    for before, held_out in ((trained, ~trained), (~tested, tested)):
+        elsewhere |= is_pair & before & np.isin(asked, np.unique(asked[is_pair & held_out]))
+    return elsewhere
 
 
 def _largest_groups(table: pa.Table, begins: NDArray[np.int64]) -> list[dict[str, Any]]:
@@ -177,8 +180,12 @@ def _prefixes(hashes: pa.ChunkedArray) -> Hashes:
     return np.frombuffer(raw, ">u8")[::2].astype(np.uint64)
 
 
-def splits_of(table: pa.Table, validation: float) -> NDArray[np.object_]:
-    """The split of each row: what its source says, else what the hash of its content or of its pair's source says."""
+def splits_of(table: pa.Table, corpus: CorpusSettings) -> NDArray[np.object_]:
+    """The split of each row: what its source says, else what the hash of its content or of its pair's source says.
+
+    What is held out as a pair is held out as a document, too, where a corpus has it as both.
+    """
+    validation = corpus.validation
 
     def positions(name: str) -> NDArray[np.float64]:
         numbers: NDArray[np.uint64] = pc.fill_null(table[name], 2**64 - 1).to_numpy()
@@ -189,6 +196,8 @@ def splits_of(table: pa.Table, validation: float) -> NDArray[np.object_]:
     splits = np.full(len(table), "train", object)
     splits[is_pair & (own < 2 * validation)] = "test"
     splits[~is_pair & (linked < 2 * validation)] = "validation"
+    if corpus.pairs:
+        splits[~is_pair & (own < 2 * validation)] = "validation"
     splits[own < validation] = "validation"
     said = np.array(table["split"].to_pylist(), object)
     return np.where(said == None, splits, said)  # noqa: E711 - element by element

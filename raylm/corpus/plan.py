@@ -15,7 +15,7 @@ from raylm.storage import StoragePath, fingerprint
 
 WORK = "_work"
 """Below the artifact: what the steps wrote, so that a second start, or a changed setting, redoes only what it must."""
-_FORMAT = 4
+_FORMAT = 5
 """Raised when the same input and settings give other bytes than before."""
 _LARGE_BYTES = 4e9
 """Of a corpus whose parts hold what `shard_mb` says; those of a larger one hold more: of a terabyte 16 times that."""
@@ -42,6 +42,8 @@ class Plan:
     corpus: CorpusSettings
     start_from: str | None
     """A model whose tokenizer is taken."""
+    start_hash: str | None
+    """Of that tokenizer's file, where it is one, which may change in its place."""
     tokens: str
     """The artifact's directory."""
     units: tuple[Unit, ...]
@@ -75,8 +77,9 @@ class Plan:
         keys["dedup"] = fingerprint([keys["minhash"], [dedup[name] for name in _DEDUP]])
         keys["paragraphs"] = fingerprint([keys["dedup"], [dedup[name] for name in _PARAGRAPHS]])
         keys["tokenizer"] = fingerprint(
-            [keys["paragraphs"], corpus["tokenizer"], self.start_from, self.task_languages, bool(self.corpus.documents)]
-        )
+            [keys["paragraphs"], corpus["tokenizer"], self.start_from, self.start_hash, self.task_languages,
+             bool(self.corpus.documents)]
+        )  # fmt: skip
         keys["tokenize"] = fingerprint([keys["tokenizer"], "tokenize"])
         mixture = [[source.get("weight"), source.get("epochs")] for source in corpus["documents"]]
         keys["pack"] = fingerprint([keys["tokenize"], corpus["sequence_length"], corpus["pack"], mixture])
@@ -93,6 +96,8 @@ class Plan:
         names, key = [], self._clean_key
         for unit in self.units:
             content = [key, unit.kind, unit.identity, unit.documents, unit.pairs]
+            if unit.kind == "cldr":  # whose rows are split as they are made
+                content.append(self.corpus.validation)
             names.append(f"unit-{fingerprint(content)}")
         return names
 
@@ -133,9 +138,12 @@ def _plan(settings: Settings, units: list[Unit]) -> Plan:
         for number, source in enumerate(corpus.decontaminate.against)
         for file in list_files(source, f"corpus.decontaminate.against[{number}]")
     ]
+    start_from = corpus.tokenizer.start_from or settings.model.start_from
+    tokenizer = StoragePath(start_from) / "tokenizer.json" if start_from else None
     return Plan(
         corpus=corpus,
-        start_from=corpus.tokenizer.start_from or settings.model.start_from,
+        start_from=start_from,
+        start_hash=tokenizer.content_hash() if tokenizer and tokenizer.is_file() else None,
         tokens=(StoragePath(settings.storage) / "tokens" / corpus.name).address,
         units=tuple(units),
         evaluation=tuple(evaluation),

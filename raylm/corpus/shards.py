@@ -113,7 +113,7 @@ def _sample(plan: Plan, parts: int) -> Iterator[str]:
     """Training texts in order of their hashes; documents fill at most half of the limit where there are pairs."""
     limit = plan.corpus.tokenizer.sample_mb * 1e6
     share = limit / 2 if plan.corpus.pairs and plan.corpus.documents else limit
-    left = {True: share, False: share}
+    left = {True: share if plan.corpus.documents else 0, False: share if plan.corpus.pairs else 0}
     for part in range(parts):
         for row in _rows(plan, part, parts)[0].select(["kind", "split", "source", "target"]).to_pylist():
             is_document = row["kind"] == DOCUMENT

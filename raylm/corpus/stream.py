@@ -168,7 +168,7 @@ class Stream:
         table = pa.concat_tables(pieces)
         # Of copies, one that is held out stays, else the longest or the first, as in a prepared corpus. What a mixture
         # wants to be read several times is no copy.
-        is_trained = splits_of(table, corpus.validation) == "train"
+        is_trained = splits_of(table, corpus) == "train"
         lengths = pc.binary_length(table["source"]).to_numpy() if corpus.dedup.keep == "longest" else is_trained
         order = np.lexsort([-lengths.astype(np.int64), is_trained])
         readings = zip(table["hash"].to_pylist(), table["again"].to_pylist(), strict=True)

@@ -119,7 +119,7 @@ def run_batch(
         _follow(job, left, done, batch.max_errors, price)
         checked = check_answers(job, batch.check) if batch.check else {}
         check_unchanged(files)
-        manifest = assemble(job, files, outputs, work, has_machines=bool(left) and service is None)
+        manifest = assemble(job, files, outputs, target, work, has_machines=bool(left) and service is None)
         manifest.settings = {
             "key": key,
             **asked,

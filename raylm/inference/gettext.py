@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from raylm.errors import InputError
-from raylm.storage import StoragePath
+from raylm.storage import StoragePath, reason
 
 if TYPE_CHECKING:
     from babel.messages.catalog import Catalog, Message
@@ -64,6 +64,8 @@ def _read(place: StoragePath) -> Catalog:
 
     try:
         return read_po(io.BytesIO(place.read_bytes()), abort_invalid=True)
+    except OSError as error:
+        raise InputError(f"{place}: not readable: {reason(error)}") from error
     except (PoFileError, UnicodeDecodeError, ValueError, LookupError) as error:
         raise InputError(f"{place}: not readable as a gettext catalog: {error}") from error
 

@@ -17,7 +17,7 @@ from raylm.inference.answers import Row
 from raylm.inference.parquet import open_parquet, parquet_reader
 from raylm.inference.prompts import Prompt
 from raylm.inference.tabular import PREPARED_ROWS, prepare
-from raylm.storage import StoragePath, find_files, fingerprint
+from raylm.storage import StoragePath, find_files, fingerprint, reason
 
 Format = Literal["parquet", "arrow", "jsonl", "csv", "po"]
 
@@ -156,6 +156,8 @@ def _type_in(table: InputTable, column: str) -> str:
 
 
 def _unreadable(file: InputFile, error: Exception) -> InputError:
+    if isinstance(error, OSError) and error.errno:  # the system's, not the format's
+        return InputError(f"{file.place}: not readable: {reason(error)}")
     return InputError(f"{file.place}: not readable as {file.format}, corrupt or cut off: {first_line(error)}")
 
 

@@ -55,12 +55,18 @@ class _Tally:
 
 
 def assemble(
-    job: Job, files: list[InputFile], places: list[StoragePath], work: StoragePath, has_machines: bool = False
+    job: Job,
+    files: list[InputFile],
+    places: list[StoragePath],
+    target: StoragePath,
+    work: StoragePath,
+    has_machines: bool = False,
 ) -> Manifest:
     """What the manifest says of the outputs, each published whole, streamed from its input and its parts.
 
     :param places: of the outputs, one for each file.
-    :param work: the job's directory, whose manifest of an earlier job names outputs that may be no more.
+    :param target: the output; where it is a directory, what an earlier job left in it and this one does not write goes.
+    :param work: the job's directory, with the manifest of that earlier job.
     :param has_machines: those that answered the job are free for putting much of it together.
     :raises OutputError: a place is read-only or full; whatever was there before stays.
     """
@@ -72,10 +78,12 @@ def assemble(
     for output, counted in _written_by_all(job, places) if is_shared else _written(job, places):
         outputs.append(output)
         tally.update(counted)
-    kept = {output["path"] for output in outputs}
-    for output in old.outputs if old else []:
-        if output["path"] not in kept and len(places) > 1:
-            StoragePath(output["path"]).delete()
+    if places != [target]:
+        kept = {output["path"] for output in outputs}
+        inside = f"{str(target).rstrip('/')}/"
+        for path in (output["path"] for output in (old.outputs if old else [])):
+            if path not in kept and path.startswith(inside):  # not elsewhere: the directory may be a copy
+                (target / path.removeprefix(inside)).delete()
     inputs = [
         {"path": str(file.place), "rows": table.rows, "bytes": file.bytes, "fingerprint": file.identity}
         for file, table in zip(files, job.tables, strict=True)

@@ -6,7 +6,7 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from raylm.errors import InputError
 from raylm.inference import gettext
-from raylm.storage import StoragePath
+from raylm.storage import StoragePath, reason
 
 PREPARED_ROWS = 1_024
 """Rows of each batch of a prepared file, but for the last."""
@@ -50,7 +50,7 @@ def prepare(place: StoragePath, kind: str, target: StoragePath) -> tuple[int, pa
 def _prepare_arrow(place: StoragePath, target: StoragePath) -> tuple[int, pa.Schema]:
     """Arrow's IPC file format, which Feather 2 is."""
     try:
-        with place.open_input() as stream:
+        with _opened(place, StoragePath.open_input) as stream:
             reader = pa.ipc.open_file(stream)
             batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
             return _write(batches, reader.schema, target), reader.schema
@@ -128,9 +128,20 @@ def _name(value: Any) -> str:
     return {list: "array", str: "string", bool: "boolean", type(None): "null"}.get(type(value), "number")
 
 
+def _opened(
+    place: StoragePath,
+    way: Callable[[StoragePath], pa.NativeFile] = lambda place: place.filesystem.open_input_stream(place.path),
+) -> pa.NativeFile:
+    """:raises InputError: the system or the storage does not let it be read."""
+    try:
+        return way(place)
+    except OSError as error:
+        raise InputError(f"{place}: not readable: {reason(error)}") from error
+
+
 def _lines(place: StoragePath) -> Iterator[bytes]:
     rest = b""
-    with place.filesystem.open_input_stream(place.path) as stream:
+    with _opened(place) as stream:
         while block := stream.read(_BLOCK_BYTES):
             *lines, rest = (rest + block).split(b"\n")
             yield from lines
@@ -214,7 +225,7 @@ def _prepare_csv(place: StoragePath, target: StoragePath) -> tuple[int, pa.Schem
     names = _header(place)
     columns = pa.schema([(name, pa.string()) for name in names])
     try:
-        with place.filesystem.open_input_stream(place.path) as stream:
+        with _opened(place) as stream:
             reader = pcsv.open_csv(
                 stream,
                 read_options=pcsv.ReadOptions(block_size=_BLOCK_BYTES),
@@ -233,7 +244,7 @@ def _prepare_csv(place: StoragePath, target: StoragePath) -> tuple[int, pa.Schem
 
 
 def _header(place: StoragePath) -> list[str]:
-    with place.filesystem.open_input_stream(place.path) as stream:
+    with _opened(place) as stream:
         head = bytes(stream.read(1 << 20))
     try:
         text = head[: head.rfind(b"\n") + 1 or None].decode("utf-8-sig")

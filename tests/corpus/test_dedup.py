@@ -35,7 +35,7 @@ def jaccard(first: str, second: str) -> float:
 def run(directory: Path, texts: list[str], parts: int, splits: list[str] | None = None, **dedup: object) -> set[int]:
     """The numbers of the texts that go, with text n as a row of part n modulo `parts`."""
     corpus = CorpusSettings.model_validate({"dedup": dedup})
-    plan = Plan(corpus, None, str(directory), ())
+    plan = Plan(corpus, None, None, str(directory), ())
     for part in range(parts):
         numbers = range(part, len(texts), parts)
         rows = [

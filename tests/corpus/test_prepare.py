@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from raylm.corpus.plan import make_plan
 from raylm.corpus.prepare import prepare
 from raylm.errors import InputError, OutputError
 from raylm.lease import held
@@ -127,6 +128,68 @@ def test_one_file_may_be_read_in_two_ways(tmp_path: Path, ray_cluster: None) -> 
     assert manifest.counts["kept"] == 120
     assert manifest.counts["rows"]["pairs/train"] > 50
     assert manifest.counts["rows"]["documents/train"] > 5
+
+
+def test_what_is_held_out_is_held_out_everywhere(tmp_path: Path, ray_cluster: None) -> None:
+    """A text that is document and pair at once, and one that another file declares to be for testing."""
+    texts = [f"A sentence of prose, long enough to keep, number {n}." for n in range(400)]
+    for name, title, those in (("a", "Number", texts), ("b", "The number", texts[:200])):
+        rows = [{"text": text, "title": f"{title} {n}"} for n, text in enumerate(those)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    document = {"type": "parquet", "path": str(tmp_path / "a.parquet")}
+    pair = {"type": "parquet", "source": "text", "target": "title", "task": "summarize"}
+    values = {
+        "storage": str(tmp_path / "storage"),
+        "corpus": {
+            "documents": [document],
+            "pairs": [
+                {**pair, "path": str(tmp_path / "a.parquet")},
+                {**pair, "path": str(tmp_path / "b.parquet"), "split": "test"},
+            ],
+            "validation": 0.1,
+            "tokenizer": {"vocab_size": 600},
+            "dedup": {"fuzzy": False},
+        },
+    }
+    prepare(Settings.model_validate(values))
+    tokens = StoragePath(str(tmp_path / "storage/tokens/default"))
+    tokenizer = load_tokenizer(str(tokens / "tokenizer"))
+    trained = "".join(tokenizer.batch_decode(read(tokens / "documents" / "train")["input_ids"].to_pylist()))
+    asked = {
+        split: set(read(tokens / "pairs" / split)["source"].to_pylist()) for split in ("train", "validation", "test")
+    }
+    by_hash = asked["test"] - set(texts[:200])
+    assert asked["test"] > set(texts[:200]) and len(by_hash) > 5 and asked["validation"]
+    assert not asked["train"] & asked["test"] and not asked["validation"] & asked["test"]
+    assert not [text for text in by_hash | asked["validation"] if text in trained]
+    assert sum(text in trained for text in asked["train"]) > 100
+
+
+def test_a_tokenizer_that_has_changed_in_its_place_is_taken_anew(
+    corpus: StoragePath, small_settings: Settings, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(str(corpus / "tokenizer"))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    values = small_settings.model_dump(mode="json")
+    values["storage"] = str(tmp_path / "storage")
+    values["corpus"]["tokenizer"] |= {"start_from": str(tmp_path / "tokenizer")}
+    first = make_plan(Settings.model_validate(values))
+    assert make_plan(Settings.model_validate(values)).key == first.key
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    second = make_plan(Settings.model_validate(values))
+    assert second.key != first.key
+    assert second.keys["paragraphs"] == first.keys["paragraphs"]  # nothing before the tokenizer is made again
+
+
+def test_how_cldr_is_split_follows_the_share_for_validation(small_settings: Settings) -> None:
+    values = small_settings.model_dump(mode="json")
+    before = make_plan(Settings.model_validate(values))
+    values["corpus"]["validation"] = 0.2
+    after = make_plan(Settings.model_validate(values))
+    same = [unit.kind for unit, one, other in zip(after.units, before.unit_names, after.unit_names, strict=True)
+            if one == other]  # fmt: skip
+    assert set(same) == {"docstrings"} and {unit.kind for unit in after.units} == {"cldr", "docstrings"}
 
 
 def test_nothing_left_is_an_error_with_reasons_and_no_artifact(tmp_path: Path, ray_cluster: None) -> None:

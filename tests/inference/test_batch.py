@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,6 +174,30 @@ def test_a_directory_gives_a_directory(tmp_path: Path, model_directory: Path, se
         "quality",
     ]
     assert sorted(file.name for file in (tmp_path / "g").iterdir()) == ["a.parquet", "b.parquet"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_an_earlier_job_left_goes_and_nothing_elsewhere(
+    tmp_path: Path, model_directory: Path, sentences: list[str]
+) -> None:
+    source, target, copy = tmp_path / "in", tmp_path / "out", tmp_path / "copy"
+    source.mkdir()
+    for name in ("a", "b", "c"):
+        pq.write_table(pa.table({"text": sentences[:3]}), source / f"{name}.parquet")
+
+    def run(output: Path) -> list[str]:
+        run_batch(ONE_WORKER, TRANSLATE, str(source), model=str(model_directory), output=str(output), overwrite=True)
+        return sorted(file.name for file in output.iterdir())
+
+    assert run(target) == ["a.parquet", "b.parquet", "c.parquet"]
+    for name in ("", ".raylm"):
+        shutil.copytree(f"{target}{name}", f"{copy}{name}")
+    (source / "c.parquet").unlink()
+    assert run(copy) == ["a.parquet", "b.parquet", "c.parquet"]  # it knows nothing of the copied one
+    assert sorted(file.name for file in target.iterdir()) == ["a.parquet", "b.parquet", "c.parquet"]
+    assert run(target) == ["a.parquet", "b.parquet"]
+    (source / "b.parquet").unlink()
+    assert run(target) == ["a.parquet"]
 
 
 @pytest.mark.usefixtures("ray_cluster")

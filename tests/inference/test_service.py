@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -224,6 +225,16 @@ def test_online_requests_do_not_wait_for_batch_jobs(service: str, engine: Engine
     assert not last_is_done, "the online request was answered before the batch job's chunks"
     for response in bulk:
         assert len(response.result(timeout_s=120)) == 1_500
+
+
+def test_a_short_request_does_not_wait_for_large_ones(service: str, sentences: list[str]) -> None:
+    large = [" ".join(sentences[n : n + 30])[:1_900] for n in range(50)]
+    with ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(post, service, "translate", text=large) for _ in range(3)]
+        time.sleep(0.3)
+        assert post(service, "translate", text="Find Text").status_code == 200
+        assert not any(answer.done() for answer in answers)
+    assert [answer.result().status_code for answer in answers] == [200] * 3
 
 
 def test_a_batch_job_for_another_model_is_refused(service: str, tmp_path: Path, model_directory: Path) -> None:

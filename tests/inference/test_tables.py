@@ -6,6 +6,7 @@ import csv
 import datetime
 import decimal
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,16 @@ def test_malformed_files_are_told_in_one_line(tmp_path: Path, name: str, content
         opened(tmp_path / name, tmp_path / "work")
     assert len(str(failure.value).splitlines()) == 1
     assert not list((tmp_path / "work").glob("*.arrow*"))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl", "a.csv", "a.po"])
+def test_a_file_that_the_system_withholds_is_told_in_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("text\na\n")
+    [file] = list_inputs(str(tmp_path / name))
+    (tmp_path / name).unlink()
+    with pytest.raises(InputError, match=rf"{re.escape(name)}: not readable: No such file or directory$"):
+        open_table(file, StoragePath(str(tmp_path / "work")))
+    assert not list((tmp_path / "work").glob("*"))
 
 
 # --------------------------------------------------------------------------------------------- column

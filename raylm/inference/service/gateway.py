@@ -43,10 +43,11 @@ class Gateway:
         self._settings, self._model, self.card = settings, model, card
         self._keys = KeyFile(settings.keys) if settings.keys else None
         self._fewest, most = fewest_and_most(settings.replicas)
+        self._most = min(_QUESTIONS_A_CALL, settings.max_batch_tokens)
         self._together: Gathering[Question, Reply] = Gathering(
             self._replies,
             _places,
-            most=min(_QUESTIONS_A_CALL, settings.max_batch_tokens),
+            most=self._most,
             lanes=_CALLS_A_REPLICA * max(self._fewest, 1),
             is_open=self._fewest < most,
         )
@@ -69,12 +70,18 @@ class Gateway:
     async def _reply(self, question: Question) -> Reply:
         """:raises RayActorError: two replicas ended before they answered."""
         try:
-            return await self._together.result(question)
+            if _places(question) < self._most:
+                return await self._together.result(question)
+            # A call of its own, in no lane: the replica lets others come in between.
+            return await self._alone(question)
         except RayActorError:  # it was killed, by a question of the same call or by something else
-            [reply] = await self._replies([question])
-            if isinstance(reply, Exception):
-                raise reply from None
-            return reply
+            return await self._alone(question)
+
+    async def _alone(self, question: Question) -> Reply:
+        [reply] = await self._replies([question])
+        if isinstance(reply, Exception):
+            raise reply from None
+        return reply
 
     async def _replies(self, questions: list[Question]) -> list[Reply | Exception]:
         """:raises RayActorError: the replica ended before it answered."""
