@@ -6,7 +6,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ _LOOK_EVERY_S = 1.0
 """How often Ray Train's controller looks at its workers, and the driver at their machines."""
 _PLACE_S = 10
 """An elastic group is as large as the machines that are there hold: it is placed at once, or one has just gone."""
+_FREED_AFTER_S = 10.0
+"""What a group had is free a little after its end; what is not by then is other work's."""
 _MOST_HEALTH_CHECK_S = 600.0
 _NEVER_S = 1e9
 _READ_AHEAD_BYTES = 32 << 20
@@ -105,22 +107,32 @@ def _leaving() -> set[str]:
     return set(state.get_draining_nodes())  # as Ray Train asks itself: `ray.nodes()` does not tell
 
 
-def _possible(width: Width) -> int:
-    """How many workers the machines that stay could hold, each as a whole."""
+def _possible(width: Width) -> tuple[int, int]:
+    """How many workers the machines that stay could hold, each as a whole; and how many beside what else runs there."""
     import ray
+    from ray._private.state import available_resources_per_node
 
-    leaving = _leaving()
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
-    held = sum(int(min(node.get(name, 0) // wanted for name, wanted in width.resources.items())) for node in nodes)
-    return min(held, width.most)
+    leaving, free = _leaving(), available_resources_per_node()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+
+    def held(resources: Mapping[str, float]) -> int:
+        return int(min(resources.get(name, 0) // wanted for name, wanted in width.resources.items()))
+
+    return sum(held(node["Resources"]) for node in nodes), sum(held(free.get(node["NodeID"], {})) for node in nodes)
 
 
-def _of_those_that_stay(width: Width) -> Width:
+def _of_what_is_free(width: Width) -> Width:
     """The width of a group that begins now.
 
-    Ray Train counts machines that will be taken away, and would wait in vain to have its group placed on them.
+    Ray Train counts machines that will be taken away, and those that other work has, and would wait in vain to have its
+    group placed on them.
     """
-    return replace(width, most=max(_possible(width), width.least)) if width.is_elastic and _leaving() else width
+    if not width.is_elastic:
+        return width
+    end = time.monotonic() + _FREED_AFTER_S
+    while (possible := _possible(width))[1] < min(possible[0], width.most) and time.monotonic() < end:
+        time.sleep(_LOOK_EVERY_S / 2)
+    return replace(width, most=max(min(possible[1], width.most), width.least))
 
 
 def _ask_for_machines(run: str, workers: int, width: Width) -> None:
@@ -218,7 +230,7 @@ def _attempt(job: TrainingJob, width: Width, relay: ActorHandle, stream: TokenSt
     """
     import ray
 
-    width_now = _of_those_that_stay(width)
+    width_now = _of_what_is_free(width)
     trainer = _trainer(job, width_now, relay, stream)
     failures: list[Exception] = []
 
@@ -239,7 +251,7 @@ def _attempt(job: TrainingJob, width: Width, relay: ActorHandle, stream: TokenSt
             relay.request.remote("a machine will be taken away")
         if width.is_elastic:
             size = ray.get(relay.world_size.remote())
-            has_room = 0 < size < _possible(width)
+            has_room = 0 < size < width.most and _possible(width)[1] > 0
             room_since = (room_since or time.monotonic()) if has_room else None
             if room_since and time.monotonic() - room_since > _GROW_AFTER_S:
                 relay.request.remote("there are machines for more workers")

@@ -74,6 +74,23 @@ def test_machines_go_and_come_and_no_step_is_lost(
     assert losses(run)[:150] == pytest.approx(losses(run_directory(whole, "whole")), abs=1e-4)
 
 
+def test_an_elastic_group_is_as_large_as_other_work_lets_it_be(small_settings: Settings, corpus: StoragePath) -> None:
+    import ray
+
+    @ray.remote(num_cpus=2)
+    class Busy:
+        def is_ready(self) -> bool:
+            return True
+
+    busy = Busy.remote()
+    assert ray.get(busy.is_ready.remote())
+    try:
+        manifest = pretrain(disturbed(small_settings, "beside", workers=(1, 4), steps=20, checkpoint_every=20))
+    finally:
+        ray.kill(busy)
+    assert (manifest.metrics["workers"], manifest.metrics["step"]) == (2, 20)
+
+
 def test_a_worker_that_does_not_answer_is_given_up(
     small_settings: Settings, corpus: StoragePath, tmp_path: Path
 ) -> None:
