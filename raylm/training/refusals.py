@@ -183,8 +183,8 @@ def _check_positions(
 
 def _check_heads(config: PretrainedConfig) -> None:
     """:raises SettingsError: heads that a model is built with, and fails on at its first step."""
-    heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
-    if shared and heads % shared:
+    heads, shared = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if heads and shared and heads % shared:
         raise SettingsError(f"model.config: {heads} attention heads cannot share {shared} heads of keys and values")
 
 
