@@ -318,8 +318,8 @@ def load(engine: DeepSpeedEngine, average: WeightAverage | None, checkpoint: Che
 
     leads = ray.train.get_context().get_local_rank() == 0
     place = Path(tempfile.gettempdir())
-    # Machines may be processes that share a disk.
-    key = [str(checkpoint.directory), checkpoint.manifest.seal, ray.get_runtime_context().get_node_id()]
+    # By its address, as Ray Train tells machines apart when it counts local ranks: they may be processes on one disk.
+    key = [str(checkpoint.directory), checkpoint.manifest.seal, ray.util.get_node_ip_address()]
     place /= f"raylm-load-{fingerprint(key)}"
     try:
         if leads:
