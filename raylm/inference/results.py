@@ -78,12 +78,8 @@ def assemble(
     for output, counted in _written_by_all(job, places) if is_shared else _written(job, places):
         outputs.append(output)
         tally.update(counted)
-    if places != [target]:
-        kept = {output["path"] for output in outputs}
-        inside = f"{str(target).rstrip('/')}/"
-        for path in (output["path"] for output in (old.outputs if old else [])):
-            if path not in kept and path.startswith(inside):  # not elsewhere: the directory may be a copy
-                (target / path.removeprefix(inside)).delete()
+    for place in outdated(old.outputs if old else [], places, target):
+        place.delete()
     inputs = [
         {"path": str(file.place), "rows": table.rows, "bytes": file.bytes, "fingerprint": file.identity}
         for file, table in zip(files, job.tables, strict=True)
@@ -97,6 +93,17 @@ def assemble(
         metrics=dict(tally.tokens),
         samples=_samples(job),
     )
+
+
+def outdated(old: list[dict[str, Any]], places: list[StoragePath], target: StoragePath) -> list[StoragePath]:
+    """What an earlier job wrote into a directory and this one does not; not elsewhere: the directory may be a copy.
+
+    :param old: the earlier job's outputs, whose addresses have no passwords.
+    :param places: of this one's outputs.
+    """
+    inside, kept = f"{target.path.rstrip('/')}/", {place.path for place in places}
+    paths = [StoragePath(output["path"]).path for output in old]
+    return [target / path.removeprefix(inside) for path in paths if path.startswith(inside) and path not in kept]
 
 
 _Written = tuple[dict[str, Any], _Tally]

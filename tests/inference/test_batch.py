@@ -200,6 +200,15 @@ def test_what_an_earlier_job_left_goes_and_nothing_elsewhere(
     assert run(target) == ["a.parquet"]
 
 
+def test_what_an_earlier_job_left_on_a_store_is_found_with_its_password() -> None:
+    options = "?endpoint_override=127.0.0.1:1&scheme=http&region=us-east-1"
+    target = StoragePath(f"s3://someone:secret@bucket/out{options}")
+    old = [{"path": str(target / name)} for name in ("a.parquet", "deep/b 1.parquet")]
+    elsewhere = {"path": f"s3://bucket/other/c.parquet{options}"}
+    found = results.outdated([*old, elsewhere], [target / "a.parquet"], target)
+    assert found == [target / "deep/b 1.parquet"] and "secret" in found[0].uri
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_large_directory_is_put_together_by_all_machines(
     tmp_path: Path, model_directory: Path, sentences: list[str], monkeypatch: pytest.MonkeyPatch
