@@ -239,15 +239,13 @@ def _components(tables: Iterable[pa.Table]) -> _Components:
     trained, order, id = (sides.field(name).to_numpy(zero_copy_only=False) for name in ("trained", "order", "id"))
     ids, firsts, places = np.unique(id, return_index=True, return_inverse=True)
     a, b = np.split(places, 2)
+    by_rank = np.lexsort((ids, order[firsts], trained[firsts]))
     ranks = np.empty(len(ids), np.int64)
-    ranks[np.lexsort((ids, order[firsts], trained[firsts]))] = np.arange(len(ids))
-
+    ranks[by_rank] = np.arange(len(ids))
     roots = _roots(len(ids), a, b)
-    by_root = np.lexsort((ranks, roots))
-    begins = np.flatnonzero(np.diff(roots[by_root], prepend=-1))
-    heads = np.zeros(len(ids), np.uint64)
-    heads[roots[by_root[begins]]] = ids[by_root[begins]]
-    component = heads[roots]  # named by the preferred document
+    best = ranks.copy()
+    np.minimum.at(best, roots, ranks)
+    component = ids[by_rank[best[roots]]]  # named by its preferred document
 
     by_component = np.lexsort((ranks, component))
     numbers, begins = np.unique(component[by_component], return_index=True)

@@ -32,10 +32,9 @@ def check_start(
     :param notes: gets what is hardly meant.
     :raises RaylmError: the run could not learn, or would fail at some step.
     """
-    length = settings.corpus.sequence_length
     if corpus:
         notes += _check_corpus(settings, training.section, corpus)
-        length = int(corpus.settings["corpus"]["sequence_length"])
+    length = packed_length(settings, corpus)
     notes += _check_numbers(training, length)
     start = find_start(settings, training, StoragePath(corpus.directory) if corpus else None, notes)
     objective = _check_objective(training, start)
@@ -62,6 +61,11 @@ def shortages(storage: StoragePath, resident: int, checkpoint_total: int, on_gpu
         if checkpoint_total > free:
             notes.append(f"checkpoints need {size(checkpoint_total)}, {place} has {size(free)} free")
     return notes
+
+
+def packed_length(settings: Settings, corpus: Manifest | None) -> int:
+    """Of the sequences of the prepared corpus; before there is one, of the one that the settings ask for."""
+    return int(corpus.settings["corpus"]["sequence_length"] if corpus else settings.corpus.sequence_length)
 
 
 def split_of(stage: str, name: str) -> str:
