@@ -61,10 +61,10 @@ def find_start(
 
 
 def check_tokenizer(tokens: StoragePath, tokenizer: PreTrainedTokenizerFast, model: str) -> None:
-    """:raises ArtifactError: the ids of a corpus are not those of a model's tokenizer."""
+    """:raises ArtifactError: the ids of a corpus are not those of a model's tokenizer, which may know more."""
     ours, theirs = models.load_tokenizer((tokens / "tokenizer").address).get_vocab(), tokenizer.get_vocab()
-    if ours != theirs:
-        other = sum(theirs.get(token) != number for token, number in ours.items())
+    other = sum(theirs.get(token) != number for token, number in ours.items())
+    if other:
         raise ArtifactError(
             f"corpus {tokens}: was prepared with another tokenizer than that of {model}: of its {len(ours):,} tokens"
             f" {other:,} have another id or none; `raylm prepare --set corpus.tokenizer.start_from={model}` prepares it"
