@@ -226,6 +226,12 @@ def build_shapes(config: PretrainedConfig, lora: LoraSettings | None = None) -> 
         return with_lora(model, lora) if lora else model
 
 
+def located(path: str) -> str:
+    """Where a model is, for processes with another working directory as well; the id of a hub stays one."""
+    place = Path(path).expanduser()
+    return str(place.absolute()) if "://" not in path and place.exists() else path
+
+
 def load_config(path: str) -> PretrainedConfig:
     """The config of a model.
 
@@ -236,7 +242,10 @@ def load_config(path: str) -> PretrainedConfig:
 
     with _opened(path) as (place, options):
         config: PretrainedConfig = AutoConfig.from_pretrained(place, **options)
-    config.__dict__.pop("quantization_config", None)  # of a GGUF file, whose weights are read as plain ones
+    quantized = config.__dict__.pop("quantization_config", None)
+    if quantized and not options:  # the weights of a GGUF file are read as plain ones
+        how = quantized.get("quant_method", "some method") if isinstance(quantized, dict) else quantized
+        raise ArtifactError(f"model {path}: its weights are quantized ({how}); take those that it was quantized from")
     return config
 
 
@@ -385,7 +394,7 @@ def _opened(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     :raises ArtifactError: it cannot read what is there.
     """
     try:
-        place = str(StoragePath(path).at_hand()) if "://" in path else path
+        place = str(StoragePath(path).at_hand()) if "://" in path else located(path)
         if place.endswith(GGUF):
             directory, _, file = place.rpartition("/")
             yield directory or ".", {"gguf_file": file}

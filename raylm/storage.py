@@ -54,7 +54,7 @@ def cache_directory() -> Path:
 _URI = re.compile(r"(?P<root>[a-z][a-z0-9+.-]*://[^/?]*)(?P<path>.*?)(?P<query>\?\w+=[^?]*)?", re.DOTALL)
 """A root that names the store, a path in it (`?` may be a glob's), and the options of the store."""
 
-_SECRETS = re.compile(r"(?<=://)[^/@:]*:[^/@]*@|(?<=[?&])\w*(?:key|secret|token)\w*=[^&]*&?")
+_SECRETS = re.compile(r"(?<=://)[^/@:\s]*:[^/@\s]*@|(?<=[?&])\w*(?:key|secret|token)\w*=[^&\s]*&?")
 
 
 def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
@@ -378,7 +378,7 @@ class Manifest:
         self.created_at = datetime.now(UTC).isoformat(timespec="seconds")
         self.directory = str(directory)
         content = {name: value for name, value in asdict(self).items() if name not in ("seal", "directory")}
-        content = json.loads(json.dumps(content, default=str))  # what a reader will find
+        content = without_passwords(json.loads(json.dumps(content, default=str)))  # what a reader will find
         self.seal = fingerprint(content)
         (directory / MANIFEST).write_json({**content, "seal": self.seal})
         return self
@@ -400,6 +400,15 @@ class Manifest:
         if content.pop("seal", None) not in (None, "", fingerprint(content)):
             raise ArtifactError(f"{file}: is not as it was written, its seal does not fit; make the artifact anew")
         return manifest
+
+
+def without_passwords(value: Any) -> Any:
+    """Plain data without the passwords in its URIs."""
+    if isinstance(value, dict):
+        return {key: without_passwords(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_passwords(item) for item in value]
+    return _SECRETS.sub("", value) if isinstance(value, str) and "://" in value else value
 
 
 def fingerprint(value: Any) -> str:

@@ -119,6 +119,15 @@ def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
         models.load_config(str(tmp_path / "broken.gguf"))
 
 
+def test_quantized_weights_are_refused(tmp_path: Path) -> None:
+    """transformers would fill what it does not find with random numbers, and say so in a log."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4}).save_pretrained(tmp_path)
+    with pytest.raises(ArtifactError, match=r"model .*: its weights are quantized \(gptq\)"):
+        models.load_config(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("kind", "more", "expected"),
     [

@@ -83,6 +83,18 @@ def test_a_wrong_value_names_its_key_and_what_was_found(cluster_file: Path) -> N
         settings.load(cluster_file, (), ["pretrain.steps=many"])
 
 
+def test_what_settings_say_together_counts_and_not_their_order(cluster_file: Path, tmp_path: Path) -> None:
+    words = ["finetune.offload=all", "finetune.zero_stage=3"]
+    for overrides in (words, words[::-1]):
+        assert settings.load(cluster_file, (), overrides).finetune.offload == "all"
+    with pytest.raises(SettingsError, match=r"--set finetune.offload=all: finetune: .*needs zero_stage 3"):
+        settings.load(cluster_file, (), [words[0], "finetune.steps=5"])
+    narrow = settings.with_options(settings.load(cluster_file), "batch", {"workers": 2, "max_errors": "1%"})
+    assert narrow.batch.workers == 2
+    with pytest.raises(SettingsError, match="metadata.raylm: holds a list; a mapping of keys is expected"):
+        settings.load(_write(tmp_path / "list.yaml", [1]), (), words)
+
+
 def test_translation_pairs_need_a_language(tmp_path: Path) -> None:
     path = _write(tmp_path / "c.yaml", {"corpus": {"pairs": [{"type": "parquet", "path": "x"}]}})
     with pytest.raises(SettingsError, match="needs the target language"):

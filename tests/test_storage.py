@@ -6,7 +6,7 @@ import pytest
 
 from raylm import storage
 from raylm.errors import ArtifactError, InputError, OutputError
-from raylm.storage import Manifest, StoragePath, find_files, fingerprint, persistently
+from raylm.storage import MANIFEST, Manifest, StoragePath, find_files, fingerprint, persistently
 
 
 def test_a_file_is_published_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -108,6 +108,17 @@ def test_an_object_store_that_refuses_is_asked_again(tmp_path: Path, monkeypatch
 def test_fingerprints_depend_on_content_alone() -> None:
     assert fingerprint({"a": 1, "b": "é"}) == fingerprint({"b": "é", "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+def test_a_manifest_hides_passwords(tmp_path: Path) -> None:
+    place = StoragePath(str(tmp_path))
+    source = {"path": "s3://KEY:SECRET@in/a.jsonl?endpoint_override=x&secret_key=S", "note": "http://x is at a:b@c"}
+    Manifest("prepare", settings={"corpus": {"documents": [source]}}).write(place)
+    assert "SECRET" not in (tmp_path / MANIFEST).read_text()
+    found = Manifest.read(place)
+    assert found is not None
+    hidden = {"path": "s3://in/a.jsonl?endpoint_override=x&", "note": "http://x is at a:b@c"}
+    assert found.settings == {"corpus": {"documents": [hidden]}}
 
 
 def test_a_uri_keeps_its_options_and_hides_its_passwords() -> None:

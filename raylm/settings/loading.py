@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,23 +57,24 @@ def load(
     cluster_file = find_cluster_file(cluster)
     document = _read_yaml(cluster_file)
     metadata = document.get("metadata") or {}
-    merged = (metadata.get("raylm") if isinstance(metadata, dict) else None) or {}
-    _validate(merged, f"{cluster_file}: metadata.raylm")
+    values = (metadata.get("raylm") if isinstance(metadata, dict) else None) or {}
+    if not isinstance(values, dict):
+        raise SettingsError(
+            f"{cluster_file}: metadata.raylm: holds a {type(values).__name__}; a mapping of keys is expected"
+        )
+    layers = [(f"{cluster_file}: metadata.raylm", values)]
     for overlay in overlays:
         path = Path(overlay).expanduser()
         if not path.is_file():
             raise SettingsError(f"--with: there is no file {path}")
-        content = _read_yaml(path)
-        merged = _merge(merged, content)
-        _validate(merged, str(path))
-    for override in overrides:
-        merged = _merge(merged, _parse_override(override))
-        _validate(merged, f"--set {override}")
+        layers.append((str(path), _read_yaml(path)))
+    layers += [(f"--set {override}", _parse_override(override)) for override in overrides]
+    settings = _settled(layers)
     try:
         topology = Topology.of(document)
     except ValueError as error:
         raise SettingsError(f"{cluster_file}: {error}") from error
-    return _validate(merged, str(cluster_file)).on(topology)
+    return settings.on(topology)
 
 
 def with_options(settings: Settings, section: str, options: dict[str, Any]) -> Settings:
@@ -80,10 +82,8 @@ def with_options(settings: Settings, section: str, options: dict[str, Any]) -> S
 
     :raises SettingsError: a value is of the wrong kind.
     """
-    for key, value in options.items():
-        values = _merge(settings.model_dump(), {section: {key: value}})
-        settings = _validate(values, f"--{key.replace('_', '-')}").on(settings.topology)
-    return settings
+    given = [(f"--{key.replace('_', '-')}", {section: {key: value}}) for key, value in options.items()]
+    return _settled([("the settings", settings.model_dump()), *given]).on(settings.topology)
 
 
 def json_schema() -> dict[str, Any]:
@@ -148,16 +148,36 @@ def problems(values: object) -> Iterator[tuple[tuple[int | str, ...], str, str]]
             yield found["loc"], *_told(found)
 
 
-def _validate(values: dict[str, Any], origin: str) -> Settings:
+def _settled(layers: Sequence[tuple[str, dict[str, Any]]]) -> Settings:
+    """The settings that values come to, each laid over those before; what they say together counts, not their order.
+
+    :param layers: values, and where they are from.
+    :raises SettingsError: something is wrong in the end; it names the values that brought it.
+    """
+    states = list(accumulate((values for _, values in layers), _merge))
     try:
-        return Settings.model_validate(values)
+        return Settings.model_validate(states[-1])
     except ValidationError as error:
         first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"])
-        why, remedy = _told(first)
-        if first["type"] == "extra_forbidden":
-            raise SettingsError(f"{origin}: {why} '{path}'" + (f"; {remedy}" if remedy else "")) from None
-        raise SettingsError(f"{origin}: {path}: {remedy}, {why}") from None
+    mistake, path = (first["loc"], first["type"]), ".".join(str(part) for part in first["loc"])
+    origin = layers[-1][0]
+    for (earlier, _), values in zip(reversed(layers[:-1]), reversed(states[:-1]), strict=True):
+        if mistake not in _mistakes(values):
+            break
+        origin = earlier
+    why, remedy = _told(first)
+    if first["type"] == "extra_forbidden":
+        raise SettingsError(f"{origin}: {why} '{path}'" + (f"; {remedy}" if remedy else ""))
+    raise SettingsError(f"{origin}: {path}: {remedy}, {why}")
+
+
+def _mistakes(values: dict[str, Any]) -> list[tuple[tuple[int | str, ...], str]]:
+    """Where something is wrong, and of which kind."""
+    try:
+        Settings.model_validate(values)
+    except ValidationError as error:
+        return [(found["loc"], found["type"]) for found in error.errors()]
+    return []
 
 
 def _told(error: ErrorDetails) -> tuple[str, str]:

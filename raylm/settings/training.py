@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -166,7 +166,7 @@ class FinetuneSettings(TrainingSettings):
     max_source_tokens: int = Field(default=256, ge=8)
     """Longer sources are cut to this many tokens, and counted."""
     max_target_tokens: int = Field(default=128, ge=8)
-    task_weights: dict[str, float] = Field(default_factory=dict)
+    task_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """How often a task's pairs are seen in an epoch, such as `{summarize: 0.5}`; 1 where not named."""
     scored_rows: int = Field(default=0, ge=0)
     """At each validation, answer so many validation pairs of each task and language, and log how good the answers are:

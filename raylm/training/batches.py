@@ -191,9 +191,13 @@ class BucketedOrder:
         return batches
 
 
-def micro_batches_for(global_batch_tokens: int, micro_batch_tokens: int, world_size: int) -> int:
-    """Gradient accumulation steps that keep a worker's micro-batch within its bound."""
-    return max(-(-global_batch_tokens // (world_size * micro_batch_tokens)), 1)
+def micro_batches_for(global_batch_tokens: int, micro_batch_tokens: int, world_size: int, length: int = 1) -> int:
+    """Gradient accumulation steps that keep a worker's micro-batch within its bound.
+
+    :param length: of a packed sequence, which is not divided; pairs of a step are short beside the bound.
+    """
+    sequences = -(-max(global_batch_tokens // length, 1) // world_size)
+    return max(-(-sequences // max(micro_batch_tokens // length, 1)), 1)
 
 
 @cache

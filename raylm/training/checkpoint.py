@@ -125,7 +125,9 @@ def best(run: StoragePath, is_read: bool = True) -> Checkpoint:
         raise ArtifactError(f"run {run}: paused before its first validation; continue this training first")
     fault = chosen.fault() if is_read else None
     if fault is not None:
-        raise ArtifactError(f"checkpoint {chosen.directory}: damaged: {fault}")
+        raise ArtifactError(
+            f"checkpoint {chosen.directory}: damaged: {fault}; remove it, and the best of the others is taken"
+        )
     return chosen
 
 

@@ -29,6 +29,7 @@ class Relay:
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
         self._fatal: str | None = None
+        self._trace: str | None = None
         self._request: str | None = None
         self._is_finished = False
         self._world_size = 0
@@ -51,6 +52,13 @@ class Relay:
     def failed(self) -> str | None:
         return self._fatal
 
+    def explain(self, trace: str) -> None:
+        """From any worker: the whole trace of what ends it; of a group, the first one is told."""
+        self._trace = self._trace or trace
+
+    def trace(self) -> str | None:
+        return self._trace
+
     def finish(self) -> None:
         """From the first worker: the last step is done."""
         self._is_finished = True
@@ -64,8 +72,9 @@ class Relay:
         self._machines.clear()
 
     def join(self, machine: str) -> None:
-        """From any worker: the id of its machine."""
+        """From any worker, at its start: the id of its machine. What ended an earlier group is told no more."""
         self._machines.add(machine)
+        self._trace = None
 
     def machines(self) -> set[str]:
         """Of the group that trains."""

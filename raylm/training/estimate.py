@@ -151,11 +151,11 @@ def dry_run(settings: Settings, stage: Literal["pretrain", "finetune"]) -> Estim
     sequences = step_sequences(training.global_batch_tokens, longest)
     on_gpu, precision = _numbers(training, notes)
     scored = _scored_share(training, objective, lengths)
-    layout = _layout(training, sequences, lengths, scored, precision, notes)
+    layout = _layout(training, length, sequences, lengths, scored, precision, notes)
     read, scanned = [_batch(sequences, lengths, scored)], 1
-    if isinstance(training, FinetuneSettings) and corpus and _is_at_hand(corpus, notes):
+    if isinstance(training, FinetuneSettings) and corpus and _is_at_hand(tokens, corpus, notes):
         scanned = min(training.steps, _SCANNED_STEPS)
-        read = _read_pairs(training, start, corpus.directory, layout, scanned)
+        read = _read_pairs(training, start, tokens.address, layout, scanned)
 
         def held_of(batch: BatchShape) -> int:
             return kept_bytes(model, batch, BYTES[precision], on_gpu)[0] + loss_bytes(model, batch, precision)
@@ -216,14 +216,17 @@ def _batch(sequences: int, lengths: tuple[int, int], scored_share: float) -> Bat
 
 def _layout(
     training: PretrainSettings | FinetuneSettings,
+    length: int,
     sequences: int,
     lengths: tuple[int, int],
     scored_share: float,
     precision: str,
     notes: list[str],
 ) -> Layout:
+    """:param length: of a packed sequence."""
     workers = _workers(training, notes)
-    micro_batches = micro_batches_for(training.global_batch_tokens, training.micro_batch_tokens, workers)
+    packed = length if isinstance(training, PretrainSettings) else 1
+    micro_batches = micro_batches_for(training.global_batch_tokens, training.micro_batch_tokens, workers, packed)
     if sequences < workers:
         notes.append(
             f"a step has {sequences:,} sequences for {workers:,} workers: raise {training.section}.global_batch_tokens"
@@ -241,10 +244,9 @@ def _leaves_holes(training: PretrainSettings | FinetuneSettings) -> bool:
     return training.activation_checkpointing or training.zero_stage == 3
 
 
-def _is_at_hand(corpus: Manifest, notes: list[str]) -> bool:
+def _is_at_hand(tokens: StoragePath, corpus: Manifest, notes: list[str]) -> bool:
     """Whether the pairs of a corpus can be looked at within a second or two."""
-    is_local = StoragePath(corpus.directory).is_local
-    if is_local and corpus.counts["rows"]["pairs/train"] <= _MOST_PAIRS:
+    if tokens.is_local and corpus.counts["rows"]["pairs/train"] <= _MOST_PAIRS:
         return True
     notes.append("pairs are taken as long as the settings let them be; the corpus is too large, or too far, to look")
     return False

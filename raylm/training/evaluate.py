@@ -14,7 +14,7 @@ from raylm.tasks import ANSWER, CLASSIFY, SUMMARIZE, TASKS
 from raylm.training import checkpoint as checkpoints
 from raylm.training.generation import HeldOut, answers, read_held_out
 from raylm.training.labels import check_labels, label_counts
-from raylm.training.runs import MODEL, corpus_fingerprint, prepared_corpus, run_directory
+from raylm.training.runs import MODEL, corpus_fingerprint, prepared_corpus, run_directory, settings_of
 from raylm.training.start import check_tokenizer
 from raylm.training.trainer import load_trained
 
@@ -24,13 +24,14 @@ _SAMPLES = 3
 def evaluate(settings: Settings) -> Manifest:
     """Scores for each task and language; predictions are kept beside the manifest in `<run>/evaluation/`.
 
-    Text is generated as the exported model would: greedily or by beam search, up to `finetune.max_target_tokens`. A
+    Text is generated as the exported model would: greedily or by beam search, up to the run's `max_target_tokens`. A
     classifier is asked for its likeliest label.
 
     :raises ArtifactError: nothing is fine-tuned yet, the corpus has no test pairs, or one has an unknown label.
     """
     stopwatch = Stopwatch()
     run = run_directory(settings, settings.finetune.name)
+    finetuning = settings_of(run, settings, settings.finetune).finetune
     tokens = prepared_corpus(settings)
     directory = run / "evaluation"
     checkpoint = checkpoints.best(run, is_read=False)
@@ -62,7 +63,7 @@ def evaluate(settings: Settings) -> Manifest:
                 progress.update(before + rows)
 
             beams = settings.evaluate.beam_size
-            predictions = answers(model, tokenizer, test.source_ids, settings.finetune, beams, follow)
+            predictions = answers(model, tokenizer, test.source_ids, finetuning, beams, follow)
             done += len(test.sources)
             names = TASKS[test.task].metrics
             method, baselines = baseline(test, tokens)

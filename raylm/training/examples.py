@@ -172,12 +172,13 @@ def vocabulary_of(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) 
     sentinels = sorted(
         (token for token in added if token.startswith("<extra_id_")), key=lambda t: int(t[10:].rstrip(">"))
     )
+    start = getattr(config, "decoder_start_token_id", None)
     return Vocabulary(
         size=len(tokenizer),
         pad=tokenizer.pad_token_id,
         end=tokenizer.eos_token_id,
         mask=tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.unk_token_id,
-        decoder_start=getattr(config, "decoder_start_token_id", None) or tokenizer.pad_token_id,
+        decoder_start=tokenizer.pad_token_id if start is None else start,
         sentinels=tuple(added[token] for token in sentinels),
         first_plain=last_special + 1,
         plain_stop=plain_stop,

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raylm import __version__, models
+from raylm.errors import TrainingError
 from raylm.progress import note
-from raylm.settings import Settings, model_directory
+from raylm.settings import ModelSettings, Settings, model_directory
 from raylm.storage import MANIFEST, Manifest, Stopwatch, StoragePath
 from raylm.tasks import CLASSIFY, GENERATE, LEARNED, SUMMARIZE, TASKS, TRANSLATE
 from raylm.training import checkpoint as checkpoints
 from raylm.training.examples import sequence_length
-from raylm.training.runs import prepared_corpus, run_directory
+from raylm.training.runs import prepared_corpus, run_directory, settings_of, sources_of
 from raylm.training.trainer import save_model
 
 if TYPE_CHECKING:
@@ -38,7 +39,9 @@ def export(settings: Settings, pretrained: bool = False) -> Manifest:
     :raises ArtifactError: nothing is trained yet.
     """
     stopwatch = Stopwatch()
-    run = run_directory(settings, settings.pretrain.name if pretrained else settings.finetune.name)
+    training = settings.pretrain if pretrained else settings.finetune
+    run = run_directory(settings, training.name)
+    settings = settings_of(run, settings, training)
     target = StoragePath(model_directory(settings))
     best = checkpoints.best(run, is_read=False)
     evaluation = Manifest.read(run / "evaluation")
@@ -50,6 +53,7 @@ def export(settings: Settings, pretrained: bool = False) -> Manifest:
         "checkpoint": best.directory.name,
         "weights": [entry["xxh3_128"] for entry in best.manifest.outputs],
         "metrics": evaluation.metrics if evaluation else _validated(best),
+        "beam_size": settings.evaluate.beam_size,
     }
     earlier = Manifest.read(target)
     if earlier and earlier.inputs == lineage:
@@ -58,15 +62,30 @@ def export(settings: Settings, pretrained: bool = False) -> Manifest:
     (target / MANIFEST).delete()
     with tempfile.TemporaryDirectory(prefix="raylm-export-") as local:
         directory = Path(local)
-        save_model(run, directory)
+        if save_model(run, directory).manifest.outputs != best.manifest.outputs:
+            raise TrainingError(f"run {run}: has come to a better checkpoint meanwhile; export it once more")
         config = models.load_config(local)
-        description = _describe(settings, config, lineage, pretrained)
+        tokens = prepared_corpus(settings)
+        sources = sources_of(run, tokens)
+        if pretrained:
+            described = _pretrained(models.architecture(config), sequence_length(tokens))
+        elif models.is_classifier(config):
+            described = _labelling(settings, models.labels_of(config))
+        else:
+            described = _writing(settings, sources["pairs"])
+        description = {
+            "raylm": __version__,
+            **described,
+            "lineage": {key: lineage[key] for key in ("run", "checkpoint", "weights")},
+            "metrics": lineage["metrics"],
+        }
         if models.is_classifier(config):
             _frame_texts(directory, settings.finetune.max_source_tokens)
         elif models.architecture(config) != "encoder":
             _write_generation_config(directory, config, description["max_target_tokens"], settings.evaluate.beam_size)
         (directory / "raylm.json").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
-        (directory / "README.md").write_text(model_card(settings, best, description, models.architecture(config)))
+        card = model_card(settings.model, sources, best, description, models.architecture(config))
+        (directory / "README.md").write_text(card)
         target.upload_files(directory)
         outputs = [{"name": file.name, "bytes": file.stat().st_size} for file in sorted(directory.iterdir())]
     return Manifest(
@@ -85,31 +104,14 @@ def _validated(best: Checkpoint) -> dict[str, Any]:
     return {name: found[name] for name in found if name.startswith("validation_") and name != "validation_loss"}
 
 
-def _describe(
-    settings: Settings, config: PretrainedConfig, lineage: dict[str, Any], pretrained: bool
-) -> dict[str, Any]:
-    """What the inference side needs to know: tasks, languages or labels, limits; and where the model is from."""
-    tokens = prepared_corpus(settings)
-    if pretrained:
-        described = _pretrained(models.architecture(config), sequence_length(tokens))
-    elif models.is_classifier(config):
-        described = _labelling(settings, models.labels_of(config))
-    else:
-        corpus = Manifest.read(tokens)
-        described = _writing(settings, corpus.settings["corpus"]["pairs"] if corpus else [])
-    return {
-        "raylm": __version__,
-        **described,
-        "lineage": {key: lineage[key] for key in ("run", "checkpoint", "weights")},
-        "metrics": lineage["metrics"],
-    }
-
-
 def _writing(settings: Settings, pairs: list[dict[str, Any]]) -> dict[str, Any]:
-    learned = {SUMMARIZE.name if pair["type"] == "docstrings" else pair.get("task", TRANSLATE.name) for pair in pairs}
+    def task_of(pair: dict[str, Any]) -> str:
+        return SUMMARIZE.name if pair["type"] == "docstrings" else str(pair.get("task", TRANSLATE.name))
+
+    learned = {task_of(pair) for pair in pairs}
     return {
         "tasks": [task for task in LEARNED if task in learned and task != CLASSIFY.name],
-        "languages": sorted({pair["to"] for pair in pairs if pair.get("to")}),
+        "languages": sorted({pair["to"] for pair in pairs if pair.get("to") and task_of(pair) == TRANSLATE.name}),
         "max_source_tokens": settings.finetune.max_source_tokens,
         "max_target_tokens": settings.finetune.max_target_tokens,
     }
@@ -176,7 +178,13 @@ def _write_generation_config(directory: Path, config: PretrainedConfig, max_toke
 # ------------------------------------------------------------------------------------- the model card
 
 
-def model_card(settings: Settings, best: Checkpoint, description: dict[str, Any], shape: models.Architecture) -> str:
+def model_card(
+    model: ModelSettings,
+    sources: dict[str, list[dict[str, Any]]],
+    best: Checkpoint,
+    description: dict[str, Any],
+    shape: models.Architecture,
+) -> str:
     """A model card in the hub's form: what it does, what it learned from, how it scores, how to use it."""
     tags = "".join(f"  - {task}\n" for task in description["tasks"])
     scores = ["| test set | score | model | baseline |", "|---|---|---|---|"]
@@ -190,19 +198,18 @@ def model_card(settings: Settings, best: Checkpoint, description: dict[str, Any]
         elif isinstance(result, float):
             scores.append(f"| validation | {name.removeprefix('validation_').replace('_', ' ')} | {result:.4g} | |")
     is_classifier, is_pretrained = "labels" in description, "max_positions" in description
-    corpus = settings.model_dump(mode="json")["corpus"]
-    pairs = [source for source in corpus["pairs"] if (source.get("task") == CLASSIFY.name) == is_classifier]
-    learned_from = corpus["documents"] + pairs * (not is_pretrained)
-    sources = "\n".join(f"- {json.dumps(source, ensure_ascii=False)}" for source in learned_from)
-    made = f"A {settings.model.family} model ({settings.model.size})"
-    if settings.model.start_from:
-        made = f"A model that started from {settings.model.start_from}"
+    pairs = [source for source in sources["pairs"] if (source.get("task") == CLASSIFY.name) == is_classifier]
+    learned_from = sources["documents"] + pairs * (not is_pretrained)
+    listed = "\n".join(f"- {json.dumps(source, ensure_ascii=False)}" for source in learned_from)
+    made = f"A {model.family} model ({model.size})"
+    if model.start_from:
+        made = f"A model that started from {model.start_from}"
     return f"""---
 library_name: transformers
 {"pipeline_tag: text-classification" + chr(10) if is_classifier else ""}tags:
 {tags}---
 
-# {settings.model.name}
+# {model.name}
 
 {made}, trained with raylm {__version__}. {_labels(description) if is_classifier else _prompts(description)} Sources are
 read up to {description["max_source_tokens"]} tokens.
@@ -215,7 +222,7 @@ Validation loss {best.validation_loss:.4f} nats per {"text" if is_classifier els
 
 ## Learned from
 
-{sources}
+{listed}
 
 ## Use
 

@@ -6,13 +6,14 @@ import math
 import os
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from raylm.capacity import is_of, machines
 from raylm.errors import RaylmError, TrainingError
-from raylm.progress import Progress
+from raylm.progress import Progress, note
 from raylm.settings import FinetuneSettings, PretrainSettings, Topology
 from raylm.storage import StoragePath
 from raylm.training.control import Attention, Follower, Relay, stopping
@@ -24,6 +25,7 @@ from raylm.training.streaming import TokenStream, dataset_from_checkpoint
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
     from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
 
 _CPUS_A_WORKER = 4
 """Without GPUs: fewer compute as fast in one worker as in several, which have to add up their gradients."""
@@ -35,6 +37,8 @@ _LOOK_EVERY_S = 1.0
 """How often Ray Train's controller looks at its workers, and the driver at their machines."""
 _PLACE_S = 10
 """An elastic group is as large as the machines that are there hold: it is placed at once, or one has just gone."""
+_TELL_EVERY_S = 60.0
+"""How often it is said that training waits for machines."""
 _FREED_AFTER_S = 10.0
 """What a group had is free a little after its end; what is not by then is other work's."""
 _MOST_HEALTH_CHECK_S = 600.0
@@ -52,6 +56,8 @@ class Width:
     use_gpu: bool
     cpus: int = 1
     """Of each worker: as many threads compute where there is no GPU."""
+    cpus_for_data: int = 0
+    """Left to Ray Data."""
 
     @property
     def resources(self) -> dict[str, float]:
@@ -89,7 +95,7 @@ def choose_width(
         most = min(most, have)
     is_elastic = least < most
     each = 1 if gpus or is_elastic else _cpus_each(machines("CPU", topology), least, cpus_for_data)
-    return Width(least, most, bool(gpus), each)
+    return Width(least, most, bool(gpus), each, cpus_for_data)
 
 
 def _cpus_each(machines: Sequence[int], workers: int, cpus_for_data: int) -> int:
@@ -108,7 +114,10 @@ def _leaving() -> set[str]:
 
 
 def _possible(width: Width) -> tuple[int, int]:
-    """How many workers the machines that stay could hold, each as a whole; and how many beside what else runs there."""
+    """How many workers the machines that stay could hold, each as a whole; and how many beside what else runs there.
+
+    Where workers compute on CPUs, Ray Data's are none of theirs.
+    """
     import ray
     from ray._private.state import available_resources_per_node
 
@@ -118,7 +127,9 @@ def _possible(width: Width) -> tuple[int, int]:
     def held(resources: Mapping[str, float]) -> int:
         return int(min(resources.get(name, 0) // wanted for name, wanted in width.resources.items()))
 
-    return sum(held(node["Resources"]) for node in nodes), sum(held(free.get(node["NodeID"], {})) for node in nodes)
+    kept = 0 if width.use_gpu else width.cpus_for_data
+    whole = sum(held(node["Resources"]) for node in nodes)
+    return max(whole - kept, 0), max(sum(held(free.get(node["NodeID"], {})) for node in nodes) - kept, 0)
 
 
 def _of_what_is_free(width: Width) -> Width:
@@ -168,7 +179,7 @@ def train_in_groups(job: TrainingJob, width: Width, progress: Progress, stream: 
                 if fatal:
                     raise TrainingError(fatal)
                 if isinstance(failure, TrainingFailedError):
-                    raise _lost(run, failure) from failure
+                    raise _lost(run, failure, ray.get(relay.trace.remote())) from failure
                 if failure is not None:
                     raise failure
                 if ray.get(relay.is_finished.remote()):
@@ -187,6 +198,7 @@ def _trainer(job: TrainingJob, width: Width, relay: ActorHandle, stream: TokenSt
     run, patience_s = StoragePath(job.run), job.settings.collective_timeout_s
     # A frozen worker answers neither its peers in a collective nor the controller's health checks.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(min(patience_s, _MOST_HEALTH_CHECK_S))
+    os.environ.pop("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", None)
     if width.is_elastic:
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(_PLACE_S)
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(_LOOK_EVERY_S)
@@ -244,11 +256,16 @@ def _attempt(job: TrainingJob, width: Width, relay: ActorHandle, stream: TokenSt
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
     room_since: float | None = None
-    asked = -math.inf
+    asked, told = -math.inf, time.monotonic()
     while thread.is_alive():
         thread.join(timeout=_LOOK_EVERY_S)
-        if (leaving := _leaving()) and leaving & ray.get(relay.machines.remote()):
+        used = ray.get(relay.machines.remote())
+        if used & _leaving():
             relay.request.remote("a machine will be taken away")
+        if not used and time.monotonic() - told > _TELL_EVERY_S:
+            workers = f"{width_now.least:,} worker{'s' * (width_now.least > 1)}"
+            note(f"{job.settings.section}: waiting for machines that {workers} can have, with {_said(width)} for each")
+            told = time.monotonic()
         if width.is_elastic:
             size = ray.get(relay.world_size.remote())
             has_room = 0 < size < width.most and _possible(width)[1] > 0
@@ -261,12 +278,25 @@ def _attempt(job: TrainingJob, width: Width, relay: ActorHandle, stream: TokenSt
     return failures[0] if failures else None
 
 
-def _lost(run: StoragePath, failure: BaseException) -> TrainingError:
-    """The error of workers that were lost too often, after writing down their trace."""
-    trace = run / "error.txt"
-    trace.write_bytes(str(failure).encode())
-    last = [line.strip() for line in str(failure).splitlines() if line.strip()][-1]
-    return TrainingError(f"run {run}: workers failed: {last} (whole trace: {trace})")
+def _said(width: Width) -> str:
+    return " and ".join(f"{count:g} {name}{'s' * (count > 1)}" for name, count in width.resources.items())
+
+
+def _lost(run: StoragePath, failure: TrainingFailedError, trace: str | None) -> TrainingError:
+    """The error of workers that were lost too often, after writing down all that is known of it.
+
+    :param trace: of the first worker of a group that failed by itself. One that died left none, and the traces of
+        others tell of its silence.
+    """
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+
+    file = run / "error.txt"
+    file.write_bytes("\n\n".join(filter(None, (str(failure), trace))).encode())
+    silent = (WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
+    died = [error for error in getattr(failure, "worker_failures", {}).values() if isinstance(error, silent)]
+    cause = str(died[0]) if died else trace or str(failure)
+    last = [line.strip() for line in cause.splitlines() if line.strip()][-1]
+    return TrainingError(f"run {run}: workers failed: {last} (whole trace: {file})")
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -288,6 +318,9 @@ def _worker(config: dict[str, Any]) -> None:
     except RaylmError as error:
         # Trying again would come to the same end. Raised all the same: the other workers are waiting for this one.
         ray.get(relay.fail.remote(str(error)))
+        raise
+    except Exception:
+        ray.get(relay.explain.remote(traceback.format_exc()))  # Ray keeps the beginning and the end of it
         raise
     if leads and is_finished:
         ray.get(relay.finish.remote())

@@ -15,6 +15,7 @@ class TrainingJob:
     :param tokens: the prepared corpus' directory.
     :param start: a directory in Hugging Face layout with the weights to start from; None starts afresh.
     :param model: a directory with `config.json` and the tokenizer.
+    :param corpus: the corpus' fingerprint, that of what the run was started on; None does not look.
     """
 
     settings: PretrainSettings | FinetuneSettings
@@ -22,3 +23,4 @@ class TrainingJob:
     tokens: str
     model: str
     start: str | None
+    corpus: str | None = None

@@ -12,30 +12,31 @@ import numpy as np
 from raylm import models
 from raylm.errors import TrainingError
 from raylm.metrics import perplexity
-from raylm.settings import FinetuneSettings
+from raylm.settings import FinetuneSettings, PretrainSettings
 from raylm.storage import StoragePath
 from raylm.training import checkpoint as checkpoints
 from raylm.training.average import WeightAverage
 from raylm.training.batches import micro_batches_for
 from raylm.training.checkpoint import Checkpoint
 from raylm.training.control import Attention
-from raylm.training.examples import Batches, Split, open_split, open_training
+from raylm.training.examples import Batches, Split, open_split, open_training, sequence_length
 from raylm.training.guard import Patience, SpikeGuard
 from raylm.training.job import TrainingJob
 from raylm.training.kernels import attention_for, fuse
 from raylm.training.objectives import objective_for
 from raylm.training.record import DataRecord
+from raylm.training.runs import corpus_fingerprint
 from raylm.training.schedule import learning_rate
 from raylm.training.scoring import Scorer
 from raylm.training.steps import StepResult, train_step, validate
 from raylm.training.telemetry import MetricsLog, Reporter, Window
 from raylm.training.throughput import ModelFlops, dtype_of, group_peak, model_flops
 from raylm.training.zero import (
+    agreed_precision,
     born_sharded,
     build_engine,
     deepspeed_config,
     prepare_backend,
-    resolve_precision,
     stage_of,
 )
 
@@ -73,13 +74,21 @@ class _Worker:
             torch.set_num_threads(max(min(cpus, os.cpu_count() or 1), 1))
             # Adam's moments of rarely seen tokens decay to numbers that a CPU computes with a hundred times slower.
             torch.set_flush_denormal(True)
-        self._peak = group_peak(self._device, dtype_of(resolve_precision(settings.precision, self._device)))
+        if job.corpus and corpus_fingerprint(StoragePath(job.tokens)) != job.corpus:
+            raise TrainingError(f"corpus {StoragePath(job.tokens)}: was prepared anew while run {run} trains on it")
 
         leads = self._rank == 0
         found: list[Any] = [checkpoints.newest_sound(run, lambda text: report({"note": text})) if leads else None]
         dist.broadcast_object_list(found, src=0)
         checkpoint: Checkpoint | None = found[0]
-        self._setup = setup(job, world_size, self._device, checkpoint)
+        precision = agreed_precision(settings.precision, self._device)
+        if checkpoint and settings.precision == "auto":
+            begun, here = checkpoint.manifest.settings.get("computed_in", precision), precision
+            if begun != here and leads:
+                report({"note": f"training goes on in {begun}, as it began; these machines would take {here}"})
+            precision = begun
+        self._peak = group_peak(self._device, dtype_of(precision))
+        self._setup = setup(job, world_size, self._device, checkpoint, precision)
         self._place = (self._rank, world_size, self._setup.micro_batches)
         self._guard = SpikeGuard(settings.spike_sigma, settings.section)
         self._patience = Patience(settings.early_stopping)
@@ -90,8 +99,8 @@ class _Worker:
         plain_settings = settings.model_dump(mode="json")
         self._log = MetricsLog(run, self._first_step, report, plain_settings) if leads else None
         self._record = DataRecord(run, self._first_step) if leads and settings.verify_data else None
-        stage = stage_of(settings, resolve_precision(settings.precision, self._device))
-        self._writer = checkpoints.Writer(run, plain_settings | {"zero_stage": stage}, settings.keep_last)
+        resolved = {"zero_stage": stage_of(settings, precision), "computed_in": precision}
+        self._writer = checkpoints.Writer(run, plain_settings | resolved, settings.keep_last)
         report({"step": self._first_step, "world_size": world_size})
 
     def train(self) -> bool:
@@ -217,16 +226,18 @@ class Setup(NamedTuple):
     """What the model costs; None where nobody knows."""
 
 
-def setup(job: TrainingJob, world_size: int, device: torch.device, checkpoint: Checkpoint | None) -> Setup:
+def setup(
+    job: TrainingJob, world_size: int, device: torch.device, checkpoint: Checkpoint | None, precision: str
+) -> Setup:
     """What a worker of a group trains with.
 
     :param checkpoint: what the engine holds afterwards, unless it is None.
+    :param precision: `fp32`, `bf16` or `fp16`.
     """
     settings = job.settings
     prepare_backend(device)
     tokenizer = models.load_tokenizer(job.model)
     config = models.load_config(job.model)
-    precision = resolve_precision(settings.precision, device)
     objective = objective_for(settings.objective, models.architecture(config), settings.section)
     # A compiled model would be compiled anew for each number of documents.
     chosen = attention_for(config, objective, precision, device) if settings.kernels == "auto" else None
@@ -234,7 +245,8 @@ def setup(job: TrainingJob, world_size: int, device: torch.device, checkpoint: C
         config._attn_implementation = chosen
     validation = open_split(job, "validation", config, tokenizer)
     training = open_training(job, world_size, config, tokenizer)
-    micro_batches = micro_batches_for(settings.global_batch_tokens, settings.micro_batch_tokens, world_size)
+    length = sequence_length(StoragePath(job.tokens)) if isinstance(settings, PretrainSettings) else 1
+    micro_batches = micro_batches_for(settings.global_batch_tokens, settings.micro_batch_tokens, world_size, length)
     converted = checkpoint is not None and checkpoints.needs_conversion(checkpoint, world_size)
     if checkpoint and converted and settings.optimizer == "muon":
         raise TrainingError(

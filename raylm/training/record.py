@@ -36,7 +36,9 @@ class DataRecord:
                 f"and now {examples} with {row['hash']}: the corpus is not what it was; prepare it again, or remove "
                 "the run"
             )
+        self._before.pop(step, None)
         self._rows.append(row)
 
     def publish(self) -> None:
-        self._file.write_jsonl(self._rows)
+        """Write down what is known; what has not come again is still to be compared when the run starts once more."""
+        self._file.write_jsonl([*self._rows, *self._before.values()])

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from raylm import models
 from raylm.errors import ArtifactError, SettingsError
 from raylm.settings import FinetuneSettings, PretrainSettings, Settings, differences
-from raylm.storage import Manifest, StoragePath
+from raylm.storage import Manifest, StoragePath, without_passwords
 from raylm.summary import size
 from raylm.tasks import CLASSIFY, LEARNED
 from raylm.training.batches import padded_length
 from raylm.training.noise import span_counts
 from raylm.training.objectives import objective_for
+from raylm.training.runs import corpus_directory
 from raylm.training.start import Start, find_start
 
 if TYPE_CHECKING:
@@ -36,10 +37,10 @@ def check_start(
         notes += _check_corpus(settings, training.section, corpus)
     length = packed_length(settings, corpus)
     notes += _check_numbers(training, length)
-    start = find_start(settings, training, StoragePath(corpus.directory) if corpus else None, notes)
+    start = find_start(settings, training, corpus_directory(settings) if corpus else None, notes)
     objective = _check_objective(training, start)
     lengths = _padded_lengths(training, objective, start.config.is_encoder_decoder, length)
-    _check_positions(training, start.config, lengths)
+    check_positions(training, start.config, lengths)
     _check_heads(start.config)
     return start, objective, lengths
 
@@ -84,7 +85,7 @@ def _check_corpus(settings: Settings, stage: str, corpus: Manifest) -> list[str]
             raise ArtifactError(
                 f"corpus {corpus.directory}: has no {kind}/{name}; give it corpus.{kind} and prepare it again"
             )
-    changed = list(_changes(corpus.settings["corpus"], settings.corpus.model_dump(mode="json")))
+    changed = list(_changes(corpus.settings["corpus"], without_passwords(settings.corpus.model_dump(mode="json"))))
     what = "; ".join(changed[:3])
     return [f"{corpus.directory} was prepared with other settings ({what}); `raylm prepare` renews it"] * bool(changed)
 
@@ -169,7 +170,7 @@ def _padded_lengths(
     return padded_length(length - noise + spans + 1), padded_length(target + 1)
 
 
-def _check_positions(
+def check_positions(
     training: PretrainSettings | FinetuneSettings, config: PretrainedConfig, lengths: tuple[int, int]
 ) -> None:
     """:raises SettingsError: sequences are longer than the model has positions."""
@@ -180,6 +181,8 @@ def _check_positions(
         keys = ["finetune.max_source_tokens", "finetune.max_target_tokens"]
         if not config.is_encoder_decoder:  # which reads one behind the other
             keys[0] = " + ".join(keys)
+    if positions:
+        positions -= models.first_position(config)
     for key, length in zip(keys, lengths, strict=True):
         if positions and length > positions:
             raise SettingsError(f"{key} makes sequences of {length:,} positions, the model has {positions:,}")

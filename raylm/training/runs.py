@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from raylm.errors import ArtifactError, TrainingError
-from raylm.settings import FinetuneSettings, PretrainSettings, Settings, differences
+from raylm.settings import FinetuneSettings, ModelSettings, PretrainSettings, Settings, differences
 from raylm.storage import Manifest, StoragePath, fingerprint
 
 MODEL = "model"
@@ -70,14 +70,37 @@ def fixed_settings(settings: Settings, training: PretrainSettings | FinetuneSett
     }
 
 
+def settings_of(run: StoragePath, settings: Settings, training: PretrainSettings | FinetuneSettings) -> Settings:
+    """The settings with those that a run was started with in the place of what may not change meanwhile."""
+    before = started_with(run)
+    if before is None:
+        return settings
+    its_own = {
+        "model": ModelSettings.model_validate({"name": settings.model.name, **before["model"]}),
+        training.section: type(training).model_validate({**training.model_dump(include=_FREE), **before["training"]}),
+    }
+    return settings.model_copy(update=its_own)
+
+
 def check_settings(run: StoragePath, settings: Settings, training: PretrainSettings | FinetuneSettings) -> None:
     """:raises TrainingError: the run exists and was started with other settings."""
-    before, now = started_with(run), fixed_settings(settings, training)
-    if before and (changed := list(differences({key: before[key] for key in now}, now))):
+    started = settings_of(run, settings, training)
+    before, now = fixed_settings(started, getattr(started, training.section)), fixed_settings(settings, training)
+    if changed := list(differences(before, now)):
         raise TrainingError(
             f"run {run}: was started with other settings ({'; '.join(changed[:3])}); "
             f"choose another run name, or remove {run}"
         )
+
+
+def sources_of(run: StoragePath, tokens: StoragePath) -> dict[str, list[dict[str, Any]]]:
+    """The `documents` and `pairs` that a run learns from, as the settings of its corpus have them.
+
+    :param tokens: the prepared corpus, which may be another by now; of a run of old, nothing else is known.
+    """
+    before, corpus = started_with(run) or {}, Manifest.read(tokens)
+    known = before.get("sources") or (corpus.settings["corpus"] if corpus else {})
+    return {kind: known.get(kind, []) for kind in ("documents", "pairs")}
 
 
 def started_with(run: StoragePath) -> dict[str, Any] | None:

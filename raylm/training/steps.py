@@ -80,7 +80,7 @@ def train_step(
         losses[number] = loss.detach()
         if guard.sigma is not None:
             dist.all_reduce(losses[number])
-            if guard.is_spike(float(losses[number]) / max(targets[number], 1)):
+            if targets[number] and guard.is_spike(float(losses[number]) / targets[number]):
                 skipped.append(number)
         engine.backward(loss * (0.0 if number in skipped else scale))
         engine.step()

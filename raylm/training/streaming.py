@@ -52,7 +52,7 @@ def dataset_from_checkpoint(stream: TokenStream, run: StoragePath, sequences: in
     :param sequences: how many the whole run reads.
     """
     newest = checkpoints.newest_sound(run, lambda _: None)
-    return stream.dataset(newest.manifest.metrics[PLACE] if newest else 0, sequences, str(run / RECORD))
+    return stream.dataset(newest.manifest.metrics[PLACE] if newest else 0, sequences, (run / RECORD).address)
 
 
 class StreamedBatches:

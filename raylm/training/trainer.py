@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raylm import models
 from raylm.errors import ArtifactError, TrainingError
+from raylm.lease import held
 from raylm.progress import Progress, note
 from raylm.settings import FinetuneSettings, PretrainSettings, Settings
 from raylm.settings.training import LoraSettings
@@ -28,6 +30,7 @@ from raylm.training.runs import (
     fixed_settings,
     prepared_corpus,
     run_directory,
+    sources_of,
     started_with,
 )
 from raylm.training.start import Start
@@ -37,6 +40,9 @@ from raylm.training.zero import whole_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_LOCK = "lock.json"
+"""Below a run: who trains it; two would remove each other's checkpoints."""
 
 
 def pretrain(settings: Settings, stream: TokenStream | None = None) -> Manifest:
@@ -128,8 +134,7 @@ def _run(
     stage = training.section
     tokens = prepared_corpus(settings)
     run = run_directory(settings, training.name)
-    width = choose_width(training, 1 if stream else 0, settings.topology)
-    fixed = _fixed(settings, training, tokens, parent, stream)
+    fixed = _fixed(run, settings, training, tokens, parent, stream)
     _check_inputs(run, fixed, tokens, parent)
     check_settings(run, settings, training)
     earlier = Manifest.read(run)
@@ -137,49 +142,55 @@ def _run(
         early = f" and stopped early; another {stage}.early_stopping has it go on" if _has_stopped(earlier) else ""
         note(f"{stage}: {run} has {earlier.metrics['step']} steps already{early}")
         return earlier
+    width = choose_width(training, 1 if stream else 0, settings.topology)
+    beginning = None
     if started_with(run) is None:
         notes: list[str] = []
-        start, objective, _ = check_start(settings, training, Manifest.read(tokens), notes)
+        beginning = check_start(settings, training, Manifest.read(tokens), notes)
         for text in notes:
             note(f"{stage}: {text}")
-        _publish_model_files(run, start, objective, tokens)
-    weights = _publish_start(run, parent or settings.model.start_from)
-    job = TrainingJob(
-        settings=training,
-        run=run.address,
-        tokens=tokens.address,
-        model=(run / MODEL).address,
-        start=weights,
-    )
-    (run / RUN_FILE).write_json(fixed)
-    stopwatch = Stopwatch()
-    with Progress(stage, training.steps, "steps") as progress:
-        workers = train_in_groups(job, width, progress, stream)
-    best, complete, rows = checkpoints.best(run, is_read=False), checkpoints.checkpoints(run), read_metrics(run)
-    last = complete[-1]
-    places = last.manifest.metrics.get(PLACE, 0)
-    losses = [row for row in rows if "loss" in row]
-    speeds = [row["tokens_per_s"] for row in losses]
-    manifest = Manifest(
-        stage=stage,
-        settings={"model": settings.model.model_dump(mode="json"), stage: training.model_dump(mode="json")},
-        inputs={"tokens": str(tokens), "start": str(parent) if parent else settings.model.start_from},
-        outputs=[{"name": f"checkpoints/{checkpoint.directory.name}"} for checkpoint in complete],
-        counts=stream.counts((run / RECORD).address, places + 1) if stream else {},
-        metrics={
-            "step": last.step,
-            "stopped_early": last.step < training.steps,
-            "loss": losses[-1]["loss"],
-            "validation_loss": best.validation_loss,
-            "validation_perplexity": best.manifest.metrics["validation_perplexity"],
-            "best_step": best.step,
-            "tokens_per_s": round(sorted(speeds)[len(speeds) // 2], 1),
-            "workers": workers,
-            "parameters": _trained_parameters(job),
-        },
-        wall_time_s=stopwatch.elapsed_s,
-    )
-    return manifest.write(run)
+    with held(run.mkdir() / _LOCK, f"run {run}: is being trained by {{who}}; wait for its end, or stop it"):
+        if beginning:
+            start, objective, _ = beginning
+            _publish_model_files(run, start, objective, tokens)
+        job = TrainingJob(
+            settings=training,
+            run=run.address,
+            tokens=tokens.address,
+            model=(run / MODEL).address,
+            start=_publish_start(run, parent or settings.model.start_from),
+            corpus=corpus_fingerprint(tokens),
+        )
+        (run / RUN_FILE).write_json(fixed)
+        stopwatch = Stopwatch()
+        with Progress(stage, training.steps, "steps") as progress:
+            workers = train_in_groups(job, width, progress, stream)
+        complete = checkpoints.checkpoints(run)
+        places = complete[-1].manifest.metrics.get(PLACE, 0)
+        return Manifest(
+            stage=stage,
+            settings={"model": settings.model.model_dump(mode="json"), stage: training.model_dump(mode="json")},
+            inputs={"tokens": str(tokens), "start": str(parent) if parent else settings.model.start_from},
+            outputs=[{"name": f"checkpoints/{checkpoint.directory.name}"} for checkpoint in complete],
+            counts=stream.counts((run / RECORD).address, places + 1) if stream else {},
+            metrics=_reached(run, training) | {"workers": workers, "parameters": _trained_parameters(job)},
+            wall_time_s=stopwatch.elapsed_s,
+        ).write(run)
+
+
+def _reached(run: StoragePath, training: PretrainSettings | FinetuneSettings) -> dict[str, Any]:
+    """What a run that has ended has come to."""
+    best, last = checkpoints.best(run, is_read=False), checkpoints.checkpoints(run)[-1]
+    rows = [row for row in read_metrics(run) if "loss" in row]
+    return {
+        "step": last.step,
+        "stopped_early": last.step < training.steps,
+        "loss": rows[-1]["loss"],
+        "validation_loss": best.validation_loss,
+        "validation_perplexity": best.manifest.metrics["validation_perplexity"],
+        "best_step": best.step,
+        "tokens_per_s": round(statistics.median_high(row["tokens_per_s"] for row in rows), 1),
+    }
 
 
 def _is_over(earlier: Manifest, training: PretrainSettings | FinetuneSettings) -> bool:
@@ -198,6 +209,7 @@ def _trained_parameters(job: TrainingJob) -> int:
 
 
 def _fixed(
+    run: StoragePath,
     settings: Settings,
     training: PretrainSettings | FinetuneSettings,
     tokens: StoragePath,
@@ -207,6 +219,7 @@ def _fixed(
     """What a run is started with: settings, corpus and weights, none of which may change."""
     return {
         **fixed_settings(settings, training),
+        "sources": sources_of(run, tokens),
         "corpus": corpus_fingerprint(tokens, *([stream.key] if stream else [])),
         "start": fingerprint(checkpoints.best(parent, is_read=False).manifest.outputs) if parent else None,
     }
@@ -229,8 +242,10 @@ def _publish_start(run: StoragePath, start: StoragePath | str | None) -> str | N
     :param start: a run, whose best checkpoint it is; or `model.start_from`, None of which starts afresh. What a GGUF
         file holds is put below the run as well, as plain weights.
     """
-    if start is None or (isinstance(start, str) and not start.endswith(models.GGUF)):
-        return start
+    if start is None:
+        return None
+    if isinstance(start, str) and not start.endswith(models.GGUF):
+        return models.located(start)
     target = run / "start"
     if (run / RUN_FILE).is_file():  # which comes after it
         return target.address

@@ -36,6 +36,17 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
     return "bf16" if has_bf16 else "fp32"
 
 
+def agreed_precision(wanted: str, device: torch.device) -> str:
+    """As `resolve_precision`; fp32 where one of the workers takes that. A collective of all ranks."""
+    import torch
+    import torch.distributed as dist
+
+    precision = resolve_precision(wanted, device)
+    in_full = torch.tensor([float(precision == "fp32")]).to(device)
+    dist.all_reduce(in_full)
+    return "fp32" if in_full.item() else precision
+
+
 def stage_of(settings: TrainingSettings, precision: str) -> int:
     """The ZeRO stage of a run: in 16 bits at least 1.
 

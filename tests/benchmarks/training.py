@@ -2,8 +2,8 @@
 
 Everything is trained on real text. raylm runs through its command line, in groups of workers that Ray Train makes; its
 speed is what it logs itself, without the steps of its first windows. The peers compute with the same torch and
-transformers, the same tokens and the same first weights. Fine-tuning for twenty minutes each makes this an hour and
-a half; `--only` measures a part.
+transformers, the same tokens and the same first weights. Fine-tuning for twenty minutes each, and runs that are killed
+twenty times, make this two hours and a half; `--only` measures a part.
 """
 
 from __future__ import annotations

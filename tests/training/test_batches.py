@@ -120,6 +120,9 @@ def test_micro_batches_follow_from_the_bounds() -> None:
     assert micro_batches_for(4_096, 4_096, 1) == 1
     assert micro_batches_for(4_096, 1_024, 2) == 2
     assert micro_batches_for(4_097, 1_024, 2) == 3
+    # 32 packed sequences, of which a micro-batch of 1,100 tokens holds one, and never two.
+    assert micro_batches_for(32_768, 1_100, 1, length=1_024) == 32
+    assert micro_batches_for(32_768, 4_096, 3, length=1_024) == 3
 
 
 @pytest.mark.parametrize(("multiple", "fill"), [(1, []), (8, [9] * 5)])

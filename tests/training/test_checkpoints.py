@@ -109,7 +109,7 @@ def test_parameter_groups_keep_their_settings_through_a_conversion(
 
         job = config["job"]
         checkpoint = checkpoints.best(StoragePath(job.run))
-        engine, *_ = setup(job, 1, ray.train.torch.get_device(), checkpoint)
+        engine, *_ = setup(job, 1, ray.train.torch.get_device(), checkpoint, "fp32")
         decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
         Path(config["file"]).write_text(json.dumps({"decays": decays, "steps": engine.global_steps}))
 

@@ -63,3 +63,11 @@ def test_a_relay_keeps_the_first_fatal_error(relay: ray.actor.ActorHandle) -> No
     for reason in ("disk full", "connection closed"):
         ray.get(relay.fail.remote(reason))
     assert ray.get(relay.failed.remote()) == "disk full"
+
+
+def test_a_relay_keeps_the_first_trace_of_a_group(relay: ray.actor.ActorHandle) -> None:
+    for trace in ("no memory", "connection closed"):
+        ray.get(relay.explain.remote(trace))
+    assert ray.get(relay.trace.remote()) == "no memory"
+    ray.get(relay.join.remote("machine"))  # of the group that takes its place
+    assert ray.get(relay.trace.remote()) is None

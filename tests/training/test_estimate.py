@@ -23,6 +23,7 @@ from raylm.storage import Manifest, StoragePath
 from raylm.training.estimate import Estimate, dry_run, estimate_table
 from raylm.training.memory import BUCKET, LIVE, BatchShape, Memory, kept_bytes, loss_bytes, memory
 from raylm.training.objectives import MicroBatch, SelfSupervision
+from raylm.training.refusals import check_positions
 from raylm.training.runs import fixed_settings
 from raylm.training.start import tokenizer_of_size
 from raylm.training.trainer import pretrain
@@ -368,6 +369,16 @@ def test_a_bad_configuration_is_refused_in_one_line(
     assert len(lines) == 1, result.stderr
     for part in ("raylm: error: ", *parts):
         assert part in lines[0]
+
+
+def test_positions_count_from_behind_the_padding() -> None:
+    """RoBERTa has two positions more than it reads."""
+    from transformers import RobertaConfig
+
+    config = RobertaConfig(max_position_embeddings=66, pad_token_id=1)
+    check_positions(PretrainSettings(), config, (64, 0))
+    with pytest.raises(SettingsError, match="corpus.sequence_length makes sequences of 65 positions, the model has 64"):
+        check_positions(PretrainSettings(), config, (65, 0))
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(

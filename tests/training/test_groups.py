@@ -19,7 +19,8 @@ from raylm.training.groups import Width, choose_width
     [
         ("auto", [2], 0, Width(1, 1, False, cpus=2)),
         ("auto", [16], 0, Width(4, 4, False, cpus=4)),
-        ("auto", [16], 1, Width(3, 3, False, cpus=5)),
+        ("auto", [16], 1, Width(3, 3, False, cpus=5, cpus_for_data=1)),
+        ((1, 4), [4], 1, Width(1, 3, False, cpus=1, cpus_for_data=1)),
         ("auto", [64], 0, Width(4, 4, False, cpus=16)),
         (1, [8], 0, Width(1, 1, False, cpus=8)),
         (3, [8], 0, Width(3, 3, False, cpus=2)),

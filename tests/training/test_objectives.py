@@ -338,7 +338,9 @@ def test_plain_ids_lie_between_the_special_ones(last: list[str]) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     if len(last) > 1:
         tokenizer.add_special_tokens({"additional_special_tokens": ["<a>"]})
+    assert vocabulary_of(RobertaConfig(decoder_start_token_id=0), tokenizer).decoder_start == 0
     found = vocabulary_of(RobertaConfig(), tokenizer)
+    assert found.decoder_start == tokenizer.pad_token_id
     assert (found.first_plain, found.plain_stop) == (4, 54)
 
 

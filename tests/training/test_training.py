@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from raylm.errors import ArtifactError, SettingsError, TrainingError
+from raylm.lease import Taken, held
 from raylm.settings import Settings
 from raylm.storage import Manifest, StoragePath
 from raylm.training import checkpoint as checkpoints
@@ -80,6 +83,7 @@ def test_zero_stages_and_worker_counts_give_the_same_losses(small_settings: Sett
 def test_a_run_leaves_checkpoints_metrics_and_a_manifest(small_settings: Settings, pretrained: Manifest) -> None:
     run = run_directory(small_settings, "pretrain")
     assert [c.step for c in checkpoints.checkpoints(run)] == [6, 12]
+    assert {c.manifest.settings["computed_in"] for c in checkpoints.checkpoints(run)} == {"fp32"}
     assert pretrained.metrics["step"] == 12
     assert pretrained.metrics["workers"] == 2
     assert pretrained.metrics["validation_loss"] < losses(run)[0]
@@ -99,7 +103,38 @@ def test_a_run_refuses_other_settings(small_settings: Settings, pretrained: Mani
 
 def test_more_workers_than_the_cluster_has_are_refused(small_settings: Settings, corpus: StoragePath) -> None:
     with pytest.raises(TrainingError, match="pretrain.workers is 400, the cluster has 4 CPUs"):
-        pretrain(changed(small_settings, pretrain={"workers": 400}))
+        pretrain(changed(small_settings, pretrain={"workers": 400, "name": "wide"}))
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(small_settings: Settings, pretrained: Manifest) -> None:
+    """Each would remove the checkpoints of the other."""
+    settings = changed(small_settings, pretrain={"workers": 2, "name": "alone"})
+    run = run_directory(settings, "alone")
+    said = rf"run {run}: is being trained by process {os.getpid()} on .*; wait for its end, or stop it"
+    with held(run.mkdir() / "lock.json", ""), pytest.raises(Taken, match=said):
+        pretrain(settings)
+    assert not (run / "run.json").is_file()
+
+
+def test_workers_that_fail_leave_their_whole_trace(small_settings: Settings, corpus: StoragePath) -> None:
+    settings = changed(small_settings, corpus={"name": "torn"}, pretrain={"workers": 2, "name": "torn", "max_failures": 0})
+    torn = shutil.copytree(corpus.path, Path(corpus.path).with_name("torn"))
+    for shard in (torn / "documents" / "train").glob("*.arrow"):
+        shard.write_bytes(shard.read_bytes()[:1_000])
+    run = run_directory(settings, "torn")
+    with pytest.raises(TrainingError, match=rf"run {run}: workers failed: .*Arrow.* \(whole trace: {run}/error.txt\)"):
+        pretrain(settings)
+    trace = (run / "error.txt").local().read_text()
+    assert "in open_split" in trace
+    assert "in train_worker" in trace
+
+
+def test_a_corpus_that_changes_meanwhile_ends_training(small_settings: Settings, pretrained: Manifest) -> None:
+    run = run_directory(small_settings, "pretrain")
+    model, tokens = (run / "model").path, f"{small_settings.storage}/tokens/default"
+    job = TrainingJob(small_settings.pretrain, f"{run}-moved", tokens, model, None, corpus="what it was")
+    with pytest.raises(Exception, match="was prepared anew while run .*-moved trains on it"):
+        train_jobs(1, [job], Path(small_settings.storage))
 
 
 def test_resuming_gives_the_losses_of_an_unbroken_run(small_settings: Settings, pretrained: Manifest) -> None:
@@ -206,7 +241,13 @@ def test_finetune_evaluate_export(small_settings: Settings, pretrained: Manifest
     assert "chrF2" in scored.metrics["translate-de"]["chrf_signature"]
     assert evaluate(small_settings) == scored
 
-    exported = export(small_settings)
+    # A run is described by what it was started with, whatever the settings have come to.
+    other = changed(
+        small_settings,
+        corpus={"pairs": [{"type": "parquet", "path": "x", "source": "a", "target": "b", "to": "fr"}]},
+        finetune={"max_target_tokens": small_settings.finetune.max_target_tokens + 8},
+    )
+    exported = export(other)
     assert export(small_settings) == exported
     assert exported.inputs["metrics"] == scored.metrics
     directory = f"{small_settings.storage}/models/default"
@@ -221,6 +262,9 @@ def test_finetune_evaluate_export(small_settings: Settings, pretrained: Manifest
     assert torch.allclose(after, before, atol=1e-4)
     # Marian decodes from a zero embedding, which CTranslate2 relies on.
     assert model.get_input_embeddings().weight[tokenizer.pad_token_id].abs().max() == 0
+    described = json.loads(Path(directory, "raylm.json").read_text())
+    assert described["languages"] == ["de"]
+    assert described["max_target_tokens"] == small_settings.finetune.max_target_tokens
     card = Path(directory, "README.md").read_text()
     assert "| translate-de (20 rows) | chrf |" in card
 
@@ -228,8 +272,13 @@ def test_finetune_evaluate_export(small_settings: Settings, pretrained: Manifest
     assert "translate-de" not in export(small_settings).inputs["metrics"]  # the scores of another checkpoint
 
 
-def test_a_model_of_somebody_else_is_the_start(small_settings: Settings, corpus: StoragePath, tmp_path: Path) -> None:
-    """A T5 with a tokenizer of its own, from a directory: corpus, pretraining and fine-tuning take both."""
+def test_a_model_of_somebody_else_is_the_start(
+    small_settings: Settings, corpus: StoragePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A T5 with a tokenizer of its own, from a directory: corpus, pretraining and fine-tuning take both.
+
+    The directory is named as one sees it from where the command runs.
+    """
     from transformers import AutoTokenizer
 
     from raylm import models
@@ -247,9 +296,10 @@ def test_a_model_of_somebody_else_is_the_start(small_settings: Settings, corpus:
     settings = changed(
         small_settings,
         corpus={"documents": [], "name": "other"},
-        model={"start_from": str(other)},
+        model={"start_from": "./other"},
         finetune={"start": "scratch", "name": "other", "steps": 12, "log_every": 1, "workers": 1},
     )
+    monkeypatch.chdir(tmp_path)
     prepare(settings)
     prepared = AutoTokenizer.from_pretrained(f"{settings.storage}/tokens/other/tokenizer")
     assert prepared.get_vocab() == tokenizer.get_vocab()
