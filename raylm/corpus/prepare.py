@@ -16,7 +16,7 @@ from raylm.corpus.dedup import find_near_duplicates
 from raylm.corpus.merge import merge
 from raylm.corpus.paragraphs import find_repeats
 from raylm.corpus.plan import WORK, Plan, make_plan
-from raylm.corpus.shards import TOKENIZER, Ids, learn_tokenizer, tokenize, write_shards
+from raylm.corpus.shards import TOKENIZER, Ids, check_tokenizer, learn_tokenizer, tokenize, write_shards
 from raylm.corpus.steps import Result
 from raylm.errors import InputError
 from raylm.lease import held
@@ -34,6 +34,7 @@ def prepare(settings: Settings) -> Manifest:
     """Token shards and a tokenizer of the corpus in the settings; nothing is done where they exist already.
 
     :raises InputError: a source is missing or damaged, more rows cannot be read than allowed, or nothing is left.
+    :raises ArtifactError: the tokenizer that is to be taken cannot be.
     :raises OutputError: another process is preparing this corpus.
     """
     stopwatch = Stopwatch()
@@ -61,6 +62,7 @@ def _up_to_date(plan: Plan) -> Manifest | None:
 
 
 def _prepared(plan: Plan, stopwatch: Stopwatch) -> Manifest:
+    check_tokenizer(plan)
     (plan.root / MANIFEST).delete()  # unfinished from here on
     _forget_shards(plan)
 

@@ -179,11 +179,7 @@ class Tokenizer:
     def _of_transformers(self) -> Any:
         from raylm.models import load_tokenizer
 
-        try:
-            return load_tokenizer(str(self._model.directory))
-        except ImportError as error:
-            reason = " ".join(str(error).split())
-            raise ArtifactError(f"model {self._model.where}: its tokenizer needs a package: {reason}") from error
+        return load_tokenizer(str(self._model.directory))
 
     @property
     def _puts_code_last(self) -> bool:
