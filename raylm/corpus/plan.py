@@ -70,9 +70,10 @@ class Plan:
         dedup = corpus["dedup"]
         keys: dict[str, str] = {"clean": self._clean_key}
         sources = [unit.source for unit in self.units]
-        keys["merge"] = fingerprint(
-            [self.unit_names, sources, dedup["keep"], {name: corpus[name] for name in _MERGE}, self.evaluation]
-        )
+        merge = [self.unit_names, sources, dedup["keep"], {name: corpus[name] for name in _MERGE}, self.evaluation]
+        if dedup["pairs"] == "target":
+            merge.append("held out by source")  # rows are dropped that earlier versions kept
+        keys["merge"] = fingerprint(merge)
         keys["minhash"] = fingerprint([keys["merge"], [dedup[name] for name in _MINHASH]])
         keys["dedup"] = fingerprint([keys["minhash"], [dedup[name] for name in _DEDUP]])
         keys["paragraphs"] = fingerprint([keys["dedup"], [dedup[name] for name in _PARAGRAPHS]])

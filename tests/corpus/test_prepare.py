@@ -303,7 +303,10 @@ def test_two_preparations_of_a_corpus_do_not_mix(ray_cluster: None, tmp_path: Pa
     assert not (root / "prepare.lock").is_file()
 
 
-def test_a_source_that_is_tested_is_not_learned_with_another_target(ray_cluster: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unique", ["pair", "target"])
+def test_a_source_that_is_tested_is_not_learned_with_another_target(
+    ray_cluster: None, tmp_path: Path, unique: str
+) -> None:
     rows = [{"source": f"Open window {n}", "target": f"Fenster {n} öffnen"} for n in range(60)]
     other = [{"source": f"Open window {n}", "target": f"Öffnen Sie Fenster {n}"} for n in range(20)]
     for name, content in (("learned", rows), ("tested", other)):
@@ -313,7 +316,8 @@ def test_a_source_that_is_tested_is_not_learned_with_another_target(ray_cluster:
         source | {"path": str(tmp_path / "learned.jsonl")},
         source | {"path": str(tmp_path / "tested.jsonl"), "split": "test"},
     ]
-    manifest = prepare(small(tmp_path, documents=[], pairs=pairs, keep_dropped=True))
+    options = {"dedup": {"pairs": unique}, "shard_mb": 0.002, "keep_dropped": True}  # in several parts
+    manifest = prepare(small(tmp_path, documents=[], pairs=pairs, **options))
     root = StoragePath(manifest.directory) / "pairs"
     sources = {split: set(read(root / split)["source"].to_pylist()) for split in ("train", "test")}
     assert not sources["train"] & sources["test"]
