@@ -28,6 +28,7 @@ from raylm import __version__
 from raylm.errors import ArtifactError, InputError, OutputError, first_line
 
 MANIFEST = "manifest.json"
+_MEND = "delete this file, and make the artifact anew"
 METRICS = "metrics.jsonl"
 """In a run: what training measured, a row for each line of its log."""
 PREDICTIONS = "predictions.jsonl"
@@ -396,9 +397,9 @@ class Manifest:
             content = file.read_json()
             manifest = cls(**content, directory=str(directory))
         except (ValueError, TypeError) as error:
-            raise ArtifactError(f"{file}: not a manifest of raylm ({error})") from error
+            raise ArtifactError(f"{file}: not a manifest of raylm ({error}); {_MEND}") from error
         if content.pop("seal", None) not in (None, "", fingerprint(content)):
-            raise ArtifactError(f"{file}: is not as it was written, its seal does not fit; make the artifact anew")
+            raise ArtifactError(f"{file}: is not as it was written, its seal does not fit; {_MEND}")
         return manifest
 
 

@@ -61,10 +61,10 @@ def test_a_manifest_comes_back_as_it_was(tmp_path: Path) -> None:
     assert Manifest.read(directory) == written
     file = tmp_path / "manifest.json"
     file.write_text(file.read_text().replace('"read": 3', '"read": 4'))
-    with pytest.raises(ArtifactError, match="is not as it was written"):
+    with pytest.raises(ArtifactError, match="is not as it was written.*; delete this file, and make the artifact anew"):
         Manifest.read(directory)
     (tmp_path / "manifest.json").write_text('{"unheard": 1}')
-    with pytest.raises(ArtifactError, match="not a manifest"):
+    with pytest.raises(ArtifactError, match="not a manifest.*; delete this file, and make the artifact anew"):
         Manifest.read(directory)
 
 
