@@ -422,7 +422,8 @@ class Stopwatch:
 def find_files(pattern: str, suffixes: tuple[str, ...]) -> Iterator[tuple[StoragePath, fs.FileInfo]]:
     """The files that a path names: itself, the fitting files below a directory, or the matches of a glob.
 
-    Hidden files and those that start with `_` are passed over, as Hive and Spark do, where they are not named.
+    Hidden files and those that start with `_` are passed over, as Hive and Spark do, where they are not named; so are
+    the directories `….raylm` in which batch jobs work.
     """
     place = StoragePath(pattern)
     info = place.info()
@@ -454,7 +455,7 @@ def find_files(pattern: str, suffixes: tuple[str, ...]) -> Iterator[tuple[Storag
 
 
 def _is_hidden(path: str) -> bool:
-    return any(part.startswith((".", "_")) for part in path.split("/"))
+    return any(part.startswith((".", "_")) or part.endswith(".raylm") for part in path.split("/"))
 
 
 def _matches(path: str, pattern: str) -> bool:
