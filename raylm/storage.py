@@ -445,13 +445,17 @@ def find_files(pattern: str, suffixes: tuple[str, ...]) -> Iterator[tuple[Storag
         for _ in parts[globs[0] :]:
             base = base.parent
         deep = len(parts) > globs[0] + 1 or "**" in parts[-1]
-        names_hidden = _is_hidden("/".join(parts[globs[0] :]))
         selector = fs.FileSelector(folder, recursive=deep, allow_not_found=True)
         for match in sorted(place.filesystem.get_file_info(selector), key=lambda entry: entry.path):
-            below = match.path[len(folder.rstrip("/")) + 1 :]
-            is_shown = names_hidden or not _is_hidden(below)
-            if match.type == fs.FileType.File and is_shown and _matches(match.path, place.path):
-                yield base / below, match
+            if match.type == fs.FileType.File and is_named(match.path, place.path):
+                yield base / match.path[len(folder.rstrip("/")) + 1 :], match
+
+
+def is_named(path: str, glob: str) -> bool:
+    """Whether a glob names a path; a hidden one where what is hidden stands in the glob."""
+    folder = re.split(r"[*?\[]", glob, maxsplit=1)[0].rpartition("/")[0]
+    below, wanted = path[len(folder) + 1 :], glob[len(folder) + 1 :]
+    return _matches(path, glob) and (_is_hidden(wanted) or not _is_hidden(below))
 
 
 def _is_hidden(path: str) -> bool:

@@ -405,3 +405,14 @@ def test_an_output_that_is_an_input_is_refused(tmp_path: Path) -> None:
     pattern = str(tmp_path / "in" / "*.csv")
     with pytest.raises(OutputError, match=r"would replace its input .*a\.csv"):
         output_place(pattern, list_inputs(pattern), TRANSLATE, str(tmp_path / "in"))
+
+
+def test_an_output_that_the_next_run_would_take_for_input_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "a.csv").write_text("text\none\n")
+    pattern = str(tmp_path / "**" / "*.csv")
+    files = list_inputs(pattern)
+    with pytest.raises(OutputError, match=rf"\*\.csv names {tmp_path}/out/a\.csv as well"):
+        output_place(pattern, files, TRANSLATE, str(tmp_path / "out"))
+    for output in (tmp_path / "_out", tmp_path.parent / f"{tmp_path.name}-out"):
+        assert output_place(pattern, files, TRANSLATE, str(output)).path == str(output)
