@@ -44,12 +44,12 @@ class Row:
 
 
 def uncompressed_name(file: StoragePath) -> str:
-    """The file's name without the suffix of a compression."""
-    return file.name.removesuffix(".gz").removesuffix(".zst")
+    """The file's name in lower case, without the suffix of a compression."""
+    return file.name.lower().removesuffix(".gz").removesuffix(".zst")
 
 
 def is_compressed(file: StoragePath) -> bool:
-    return file.name.endswith(tuple(CODECS))
+    return file.name.lower().endswith(tuple(CODECS))
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def opened(file: StoragePath) -> io.BufferedReader:
     """The bytes of a file, decompressed."""
     if not is_compressed(file):
         return io.BufferedReader(file.open_input(), BUFFER_BYTES)
-    codec = next(codec for suffix, codec in CODECS.items() if file.name.endswith(suffix))
+    codec = next(codec for suffix, codec in CODECS.items() if file.name.lower().endswith(suffix))
     stream = file.filesystem.open_input_stream(file.path, compression=codec, buffer_size=BUFFER_BYTES)
     return io.BufferedReader(stream, BUFFER_BYTES)
 

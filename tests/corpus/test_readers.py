@@ -189,6 +189,15 @@ def test_text_and_csv_may_be_compressed(tmp_path: Path) -> None:
     assert values(table(place(tmp_path / "a.tsv.zst"))) == ["a\nb"]
 
 
+def test_suffixes_count_in_any_case(tmp_path: Path, catalog: Catalog) -> None:
+    (tmp_path / "A.TSV.GZ").write_bytes(gzip.compress(b"id\ttext\n1\ta, b\n"))
+    assert values(table(place(tmp_path / "A.TSV.GZ"))) == ["a, b"]
+    catalog.delete(("one", "many"))
+    with (tmp_path / "A.MO").open("wb") as stream:
+        write_mo(stream, catalog)
+    assert sorted(pairs(tmp_path / "A.MO")) == sorted(PAIRS)
+
+
 def test_a_huge_compressed_file_is_streamed(tmp_path: Path) -> None:
     import resource
 
