@@ -153,6 +153,18 @@ def jsonl_rows(file: StoragePath, start: int, stop: int, columns: Sequence[str])
                 yield _json_row(position, line, columns)
 
 
+def jsonl_objects(file: StoragePath) -> Iterator[dict[str, Any]]:
+    """The objects of a file; lines that hold none are passed over."""
+    with damage_named(file, "JSON Lines"), opened(file) as stream:
+        for _, line in _lines(stream, 0, END):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
 def _json_row(position: int, line: bytes, columns: Sequence[str]) -> Row | Rejected:
     if len(line) >= _MAX_RECORD_BYTES:
         return _too_long(position, line, "one JSON object a line is expected")

@@ -373,6 +373,15 @@ def test_a_parquet_file_without_a_text_column_is_refused_before_anything_is_read
         plan_units(corpus(pairs=[source | {"source": "src", "target": "tgt"}]))
 
 
+def test_a_key_that_json_lines_lack_is_named_before_all_of_them_are_read(tmp_path: Path) -> None:
+    rows = [json.dumps({"texts": "one", "id": 1}), "no JSON"] * 200
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    with pytest.raises(InputError, match=r"a\.jsonl: no column 'text' among texts, id; did you mean 'texts'\?"):
+        plan_units(documents(type="jsonl", path=str(tmp_path)))
+    (tmp_path / "a.jsonl").write_text("\n".join([*rows[:190], '{"text": "two"}', *rows[190:]]))
+    assert texts(documents(type="jsonl", path=str(tmp_path))) == ["two"], "each row that lacks it costs itself alone"
+
+
 def test_unknown_packages_and_languages_are_named() -> None:
     with pytest.raises(InputError, match="docstrings of package 'no_such_package'"):
         plan_units(corpus(documents=[{"type": "docstrings", "packages": ["no_such_package"]}]))
