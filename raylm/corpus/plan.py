@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -117,17 +117,22 @@ def make_plan(settings: Settings) -> Plan:
     :raises InputError: there is no source, or one is missing or damaged.
     """
     if settings.pretrain.stream:
-        return plan_stream(settings)[0]
+        units = plan_units(settings.corpus, STREAM_UNIT_BYTES)
+        return _plan(settings, _sampled(units, settings.corpus))
     return _plan(settings, plan_units(settings.corpus))
 
 
 def plan_stream(settings: Settings) -> tuple[Plan, Plan]:
     """Where pretraining streams its documents: the plan of the sample to prepare, and that of the documents to stream.
 
-    :raises InputError: as `make_plan`.
+    :raises InputError: as `make_plan`, or there are no documents.
     """
     units = plan_units(settings.corpus, STREAM_UNIT_BYTES)
-    return _plan(settings, _sampled(units, settings.corpus)), _plan(settings, [u for u in units if u.documents])
+    documents = tuple(unit for unit in units if unit.documents)
+    if not documents:
+        raise InputError("corpus.documents: pretrain.stream reads documents, and none are named here")
+    sample = _plan(settings, _sampled(units, settings.corpus))
+    return sample, replace(sample, units=documents)
 
 
 def _plan(settings: Settings, units: list[Unit]) -> Plan:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from raylm.corpus.plan import make_plan
+from raylm.corpus.plan import make_plan, plan_stream
 from raylm.corpus.prepare import prepare
 from raylm.errors import InputError, OutputError
 from raylm.lease import held
@@ -190,6 +190,14 @@ def test_how_cldr_is_split_follows_the_share_for_validation(small_settings: Sett
     same = [unit.kind for unit, one, other in zip(after.units, before.unit_names, after.unit_names, strict=True)
             if one == other]  # fmt: skip
     assert set(same) == {"docstrings"} and {unit.kind for unit in after.units} == {"cldr", "docstrings"}
+
+
+def test_a_stream_needs_documents_and_its_preparation_none() -> None:
+    corpus = {"pairs": [{"type": "cldr", "to": "de", "rows": 100}]}
+    settings = Settings.model_validate({"corpus": corpus, "pretrain": {"stream": True}})
+    assert [unit.kind for unit in make_plan(settings).units] == ["cldr"]
+    with pytest.raises(InputError, match=r"corpus\.documents: pretrain\.stream reads documents, and none are named"):
+        plan_stream(settings)
 
 
 def test_nothing_left_is_an_error_with_reasons_and_no_artifact(tmp_path: Path, ray_cluster: None) -> None:
