@@ -84,15 +84,15 @@ def run_batch(
     else:
         info = ModelInfo.load(model or absolute(model_directory(settings)))
         prompt = prompt_for(info, task, *wording)
-    asked = {"prompt": asdict(prompt) | {"fields": list(prompt.fields)}, "columns": columns, "limit": limit}
-    key = job_key(files, info.fingerprint, decode, asked)
-    if dry_run:
-        return estimate(settings.batch, info, prompt, files, columns, limit)
     unknown = sorted(columns.keys() - set(prompt.fields))
     if unknown:
         raise SettingsError(
             f"a column is named for {', '.join(unknown)}, but the prompt reads {', '.join(prompt.fields)}"
         )
+    asked = {"prompt": asdict(prompt) | {"fields": list(prompt.fields)}, "columns": columns, "limit": limit}
+    key = job_key(files, info.fingerprint, decode, asked)
+    if dry_run:
+        return estimate(settings.batch, info, prompt, files, columns, limit)
     outputs = output_files(target, files, input)
     finished = finished_manifest(target, key, outputs)
     if finished and not (overwrite and _lacks_check(finished, settings.batch.check)):

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raylm.errors import ArtifactError, InputError, OutputError, RaylmError
+from raylm.errors import ArtifactError, InputError, OutputError, RaylmError, SettingsError
 from raylm.inference import results, workers
 from raylm.inference.answers import Output
 from raylm.inference.batch import run_batch
@@ -290,6 +290,9 @@ def test_a_dry_run_foretells_and_writes_nothing(tmp_path: Path, model_directory:
     assert characters / 3 < manifest.counts["characters"] < characters * 3
     assert manifest.metrics["predicted_s"] > 0 and manifest.counts["output_tokens"] > 0
     assert [file.name for file in tmp_path.iterdir()] == ["t.parquet"]
+    with pytest.raises(SettingsError, match="a column is named for txt, but the prompt reads text"):
+        run_batch(ONE_WORKER, TRANSLATE, str(tmp_path / "t.parquet"), model=str(model_directory),
+                  columns={"txt": "text"}, dry_run=True)  # fmt: skip
 
 
 @pytest.mark.usefixtures("ray_cluster")
