@@ -117,6 +117,8 @@ def _json_rows(place: StoragePath) -> Iterator[tuple[str, dict[str, Any]]]:
             raise InputError(f"{place}: line {number}: not UTF-8 at byte {error.start}") from None
         except ValueError as error:
             raise InputError(f"{place}: line {number}: not JSON: {error}; one object a line is expected") from None
+        except RecursionError:
+            raise InputError(f"{place}: line {number}: JSON that is nested too deeply to be read") from None
         if not line:
             continue
         if not isinstance(row, dict):

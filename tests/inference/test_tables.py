@@ -111,6 +111,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', r"a\.jsonl: line 3: not JSON"),
         ("a.jsonl", b'["a"]\n', "line 1: holds a JSON array; an object is expected"),
         ("a.jsonl", b'{"text": "\xff"}\n', "line 1: not UTF-8"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, "line 1: JSON that is nested too deeply"),
         ("a.jsonl", b"\n \n", "no rows"),
         ("a.csv", b"text,id\na,1\nb,2,3\n", "not readable as CSV: .*Expected 2 columns, got 3"),
         ("a.csv", b"text,text\na,1\n", "names a column twice: text"),
