@@ -157,6 +157,8 @@ class _Columns:
     def __init__(self) -> None:
         self._types: dict[str, pa.DataType | None] = {}
         self._with_text: set[str] = set()
+        self._with_large: set[str] = set()
+        """Keys with integers that are no floating-point numbers, as those beyond 2^53."""
 
     def observe(self, rows: Sequence[dict[str, Any]]) -> None:
         for name in dict.fromkeys(key for row in rows for key in row):
@@ -164,7 +166,12 @@ class _Columns:
             if any(isinstance(value, str) for value in values):
                 self._with_text.add(name)
             found = _type_of(values)
-            self._types[name] = _common_type(self._types[name], found) if name in self._types else found
+            if found is not None and _has_large(values, found):
+                self._with_large.add(name)
+            before = self._types.get(name, found)
+            common = _common_type(before, found)
+            loses = name in self._with_large and (_is_widened(before, common) or _is_widened(found, common))
+            self._types[name] = None if loses else common
 
     def schema(self) -> pa.Schema:
         fields = []
@@ -195,6 +202,37 @@ def _common_type(a: pa.DataType | None, b: pa.DataType | None) -> pa.DataType | 
         return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
     except (pa.ArrowException, TypeError):
         return None
+
+
+def _has_large(values: Sequence[Any], kind: pa.DataType) -> bool:
+    """Whether some integers, at any depth, cannot be floating-point numbers."""
+    floating = _with_floats(kind)
+    if floating == kind:
+        return False
+    try:
+        pa.array(values, floating)
+    except pa.ArrowInvalid:
+        return True
+    return False
+
+
+def _with_floats(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _with_floats(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(_with_floats(kind.value_type))
+    return pa.float64() if pa.types.is_int64(kind) else kind
+
+
+def _is_widened(kind: pa.DataType | None, common: pa.DataType | None) -> bool:
+    """Whether some integers of a type are floating-point numbers in one that it has in common with others."""
+    if kind is None or common is None:
+        return False
+    if pa.types.is_struct(kind):
+        return any(_is_widened(field.type, common.field(field.name).type) for field in kind)
+    if pa.types.is_list(kind):
+        return _is_widened(kind.value_type, common.value_type)
+    return bool(pa.types.is_int64(kind) and pa.types.is_floating(common))
 
 
 def typed_rows(rows: Sequence[dict[str, Any]], columns: pa.Schema) -> pa.RecordBatch:

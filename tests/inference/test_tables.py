@@ -328,6 +328,21 @@ def test_json_lines_keep_keys_numbers_and_nesting(tmp_path: Path) -> None:
     assert "ü" in out[0] and list(json.loads(out[1]))[:2] == ["big", "text"]
 
 
+@pytest.mark.parametrize("floats_first", [True, False])
+def test_large_integers_beside_floating_point_numbers_stay_what_they_are(tmp_path: Path, floats_first: bool) -> None:
+    large: dict[str, Any] = {"n": 2**53 + 1, "deep": {"a": [2**60], "b": 1.5}, "id": 2**60, "small": 1}
+    other: dict[str, Any] = {"n": 0.5, "deep": {"a": [0.5], "b": 1.5}, "id": 1, "small": 0.5}
+    rows = [large] * PREPARED_ROWS + [other] * PREPARED_ROWS
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (rows[::-1] if floats_first else rows)))
+    table = pq.read_table(written(opened(tmp_path / "a.jsonl", tmp_path), tmp_path / "out.parquet", "parquet"))
+    found = sorted(table.to_pylist(), key=lambda row: row["id"])
+    assert [(row["n"], row["id"], row["small"]) for row in (found[0], found[-1])] == [
+        ("0.5", 1, 0.5),
+        (str(2**53 + 1), 2**60, 1.0),
+    ]
+    assert json.loads(found[-1]["deep"]) == large["deep"]
+
+
 def test_json_lines_become_parquet(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"text": "a", "n": 1, "mixed": 1, "tags": [], "none": {}} for _ in range(PREPARED_ROWS)
