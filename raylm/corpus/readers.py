@@ -113,7 +113,8 @@ def excerpt(found: object) -> str:
     """The beginning of what was found, for the dead letter."""
     if isinstance(found, bytes):
         found = found[: 4 * EXCERPT_CHARS].decode("utf-8", "replace")
-    return str(found)[:EXCERPT_CHARS].rstrip("\r\n")
+    text = str(found)[:EXCERPT_CHARS].rstrip("\r\n")
+    return text.encode(errors="replace").decode()  # half of a surrogate pair cannot be written
 
 
 # ----------------------------------------------------------------------------------------- values of a row

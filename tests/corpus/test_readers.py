@@ -225,6 +225,7 @@ def test_bad_json_lines_cost_themselves_alone(tmp_path: Path) -> None:
         b'{"text": "\xff"}',
         b'{"text": "\\ud800"}',
         b"[" * 100_000,
+        b'{"\\ud800": "x"}',
         b"",
         b'{"text": "\\ud83d\\ude00"}',
     ]
@@ -234,7 +235,8 @@ def test_bad_json_lines_cost_themselves_alone(tmp_path: Path) -> None:
     read = [row_texts(row, ["text"]) if isinstance(row, Row) else row for row in found]
     assert [row for row in read if isinstance(row, tuple)] == [("one",), ("😀",)]
     bad = [row for row in read if isinstance(row, Rejected)]
-    assert [row.position for row in bad] == starts[1:10]
+    assert [row.position for row in bad] == starts[1:11]
+    assert all((row.error + row.excerpt).encode() for row in bad), "no half of a surrogate pair is left"
     assert all(len(row.excerpt) <= 200 for row in bad)
     assert bad[0].excerpt == '{"text": '
     errors = [row.error.partition(":")[0] for row in bad]
@@ -248,6 +250,7 @@ def test_bad_json_lines_cost_themselves_alone(tmp_path: Path) -> None:
         "not UTF-8 text, see byte 10 of the line",
         "text",
         "not JSON",
+        "no 'text' among the line's keys",
     ]
 
 
