@@ -384,7 +384,8 @@ def _docstring_units(
         except LookupError as error:
             raise InputError(f"corpus: docstrings of package '{package}': {error}") from error
         makes = {"documents": package in document_packages, "pairs": package in pair_packages}
-        sized = [(name, path, path.stat().st_size) for name, path in files]
+        # A link may lead nowhere.
+        sized = [(name, path, path.stat().st_size) for name, path in files if path.is_file()]
         batch: list[tuple[str, Path, int]] = []
         for entry in [*sized, None]:
             if batch and (entry is None or sum(size for *_, size in batch) + entry[2] > _MIN_UNIT_BYTES):

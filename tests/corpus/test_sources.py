@@ -389,6 +389,15 @@ def test_unknown_packages_and_languages_are_named() -> None:
         plan_units(corpus(pairs=[{"type": "cldr", "to": "germn"}]))
 
 
+def test_a_link_to_nowhere_in_a_package_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "linked_package").mkdir()
+    (tmp_path / "linked_package" / "__init__.py").write_text('"""What this package is for."""\n')
+    (tmp_path / "linked_package" / "gone.py").symlink_to(tmp_path / "nowhere.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    source = documents(type="docstrings", packages=["linked_package"])
+    assert texts(source) == ["What this package is for."]
+
+
 def test_a_file_is_scanned_for_its_cuts_once(
     tmp_path: Path, small_units: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
