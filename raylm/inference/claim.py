@@ -51,7 +51,9 @@ def output_place(pattern: str, files: Sequence[InputFile], task: Task, output: s
     if own := [file for file in output_files(target, files, pattern) if file.path in inputs]:
         raise OutputError(f"--output {output}: would replace its input {own[0]}")
     if named := [file for file in output_files(target, files, pattern) if is_named(file.path, place.path)]:
-        raise OutputError(f"--output {output}: {pattern} names {named[0]} as well, which the next run would take for input")
+        raise OutputError(
+            f"--output {output}: {pattern} names {named[0]} as well, which the next run would take for input"
+        )
     return target
 
 

@@ -7,12 +7,13 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
 
 import pyarrow as pa
 
-from raylm.errors import InputError
+from raylm.errors import InputError, first_line
 from raylm.inference import gettext
 from raylm.storage import StoragePath, reason
 
@@ -48,15 +49,30 @@ def prepare(place: StoragePath, kind: str, target: StoragePath) -> tuple[int, pa
 
 
 def _prepare_arrow(place: StoragePath, target: StoragePath) -> tuple[int, pa.Schema]:
-    """Arrow's IPC file format, which Feather 2 is."""
+    """Arrow's IPC formats: that of files, which Feather 2 is, and that of streams."""
+    with _opened(place, StoragePath.open_input) as stream:
+        is_file = stream.read(6) == b"ARROW1"
+        stream.seek(0)
+        with _damage_named(place):
+            reader = pa.ipc.open_file(stream) if is_file else pa.ipc.open_stream(stream)
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            with _damage_named(place):
+                if is_file:
+                    yield from map(reader.get_batch, range(reader.num_record_batches))
+                else:
+                    yield from reader
+
+        return _write(batches(), reader.schema, target), reader.schema
+
+
+@contextmanager
+def _damage_named(place: StoragePath) -> Iterator[None]:
+    """:raises InputError: the file ends early or breaks the rules of its format."""
     try:
-        with _opened(place, StoragePath.open_input) as stream:
-            reader = pa.ipc.open_file(stream)
-            batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
-            return _write(batches, reader.schema, target), reader.schema
-    except pa.ArrowInvalid as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{place}: not readable as an Arrow IPC file: {reason}") from error
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{place}: not readable as an Arrow IPC file: {first_line(error)}") from error
 
 
 def _prepare_po(place: StoragePath, target: StoragePath) -> tuple[int, pa.Schema]:
@@ -278,8 +294,7 @@ def _prepare_csv(place: StoragePath, target: StoragePath) -> tuple[int, pa.Schem
             first = list(islice(batches, 1))
             rows = _write(chain(first, batches), columns, target)
     except pa.ArrowInvalid as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{place}: not readable as CSV: {reason}") from error
+        raise InputError(f"{place}: not readable as CSV: {first_line(error)}") from error
     return rows, _mark_numbers(first[0].slice(0, PREPARED_ROWS)) if first else columns
 
 

@@ -210,6 +210,20 @@ def test_a_file_that_is_no_arrow_file_is_told(tmp_path: Path) -> None:
         opened(tmp_path / "t.arrow", tmp_path / "work")
 
 
+@pytest.mark.parametrize("kind", [pa.ipc.new_file, pa.ipc.new_stream])
+def test_arrow_files_of_both_formats_are_read_and_damaged_ones_named(tmp_path: Path, kind: Any) -> None:
+    table = pa.table({"text": [f"text {n}" for n in range(3_000)]})
+    with kind(str(tmp_path / "t.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=700)
+    found = opened(tmp_path / "t.arrow", tmp_path / "work")
+    assert found.rows == 3_000 and found.columns == table.schema
+    assert read_fields(found, ["text"], 1_500, 1_502).values == [("text 1500",), ("text 1501",)]
+    content = (tmp_path / "t.arrow").read_bytes()
+    (tmp_path / "t.arrow").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"t\.arrow: not readable as an Arrow IPC file: "):
+        opened(tmp_path / "t.arrow", tmp_path / "work")
+
+
 # -------------------------------------------------------------------------------------------- reading
 
 
