@@ -48,7 +48,7 @@ _NUMBER_BITS = 40
 
 
 def merge(plan: Plan, cleaned: list[Result]) -> list[Result]:
-    """What became of each part: how many rows are left, dropped as copies or contaminated; the largest groups."""
+    """What became of each part: how many rows were dropped, by reason; the largest groups of copies."""
     place = plan.place("merge")
     runs = [(number, run) for number, result in enumerate(cleaned) for run in result["runs"]]
     total = sum(run["bytes"] for _, run in runs)
@@ -106,7 +106,6 @@ def _merge_part(plan: Plan, runs: Sequence[tuple[int, Result]], part: int, parts
         ),
     )  # fmt: skip
     return {
-        "rows": len(kept),
         "counts": {
             "dropped.duplicate": int((~is_first).sum()),
             "dropped.contaminated": int(is_forbidden.sum()),

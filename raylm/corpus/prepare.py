@@ -96,21 +96,13 @@ def _prepared(plan: Plan, stopwatch: Stopwatch) -> Manifest:
     return manifest
 
 
-def _counts(*steps: list[Result]) -> Counter[str]:
-    """Rows read, kept after all steps, and dropped by reason."""
+def _counts(cleaned: list[Result], merged: list[Result], tokenized: list[Result], packed: list[Result]) -> Counter[str]:
+    """Rows read, kept by the last step that drops any, and dropped by reason."""
     counts: Counter[str] = Counter()
-    for results in steps:
+    for results in (cleaned, merged, tokenized, packed):
         for result in results:
             counts.update(result["counts"])
-    late = (
-        "duplicate",
-        "contaminated",
-        "held_out_source",
-        "near_duplicate",
-        "repeated_paragraphs",
-        "conflicting_label",
-    )
-    counts["kept"] -= sum(counts[f"dropped.{reason}"] for reason in late)
+    counts["kept"] = sum(result["rows"] for result in tokenized)
     return counts
 
 
@@ -197,9 +189,7 @@ def _statistics(
 ) -> dict[str, Any]:
     """What a report draws."""
     samples: dict[str, list[str]] = {}
-    kept = [{"samples": result["samples"]} for result in tokenized]
-    without_kept = [{"samples": {k: v for k, v in r["samples"].items() if k != "kept"}} for r in cleaned]
-    for result in [*kept, *without_kept]:
+    for result in [*tokenized, *cleaned]:
         for reason, texts in result["samples"].items():
             samples[reason] = (samples.get(reason, []) + texts)[:_SHOWN]
     exact = [cluster for result in merged for cluster in result["clusters"]]
