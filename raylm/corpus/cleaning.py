@@ -57,7 +57,7 @@ def clean_units(plan: Plan) -> list[Result]:
 
 def _clean_unit(plan: Plan, number: int, run_bytes: float) -> Result:
     unit, name, place = plan.units[number], plan.unit_names[number], plan.place("clean")
-    sources = [*plan.corpus.documents, *plan.corpus.pairs]
+    source = [*plan.corpus.documents, *plan.corpus.pairs][unit.source]
     counts: Counter[str] = Counter()
     samples: dict[str, list[str]] = {}
     runs: list[Result] = []
@@ -65,7 +65,7 @@ def _clean_unit(plan: Plan, number: int, run_bytes: float) -> Result:
     dropped: list[Dropped] = []
     rejected: list[dict[str, Any]] = []
     size = 0
-    for outcome in cleaned_records(read_unit(unit), plan.corpus, sources[unit.source], counts):
+    for outcome in cleaned_records(read_unit(unit, source), plan.corpus, source, counts):
         if isinstance(outcome, Cleaned):
             rows.append(outcome)
             size += len(outcome.source) + len(outcome.target or "")

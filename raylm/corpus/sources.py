@@ -224,7 +224,6 @@ def _file_units(
             source=number,
             origin=f"{file.place} and {others} more" if others else str(file.place),
             arguments={
-                "settings": settings,
                 "pieces": [
                     {"file": file.place.uri, "target": file.target and file.target.place.uri, **piece}
                     for file, piece in batch
@@ -262,7 +261,7 @@ def _pieces(found: FoundFile, source: FileSource | PairFileSource, unit_bytes: i
             _check_text_columns(file, reader.schema, source)
     if source.type == "csv":
         header = readers.csv_header(file)
-        for column in _columns(source):
+        for column in columns_of(source):
             check_column(file, header, column)
     packed = readers.is_compressed(file) or (found.target is not None and readers.is_compressed(found.target.place))
     if packed or size <= unit_bytes:
@@ -299,7 +298,7 @@ def _scanned(found: FoundFile, unit_bytes: int, scan: Callable[[], list[Any]]) -
 
 def _row_ranges(file: StoragePath, source: FileSource | PairFileSource, unit_bytes: int) -> Iterator[Piece]:
     """Ranges of a parquet file's rows: small row groups together, large ones in parts."""
-    columns = _columns(source)
+    columns = columns_of(source)
     with opened_parquet(file) as parquet:
         _check_text_columns(file, parquet.schema_arrow, source)
         start = stop = size = 0
@@ -320,7 +319,7 @@ def _row_ranges(file: StoragePath, source: FileSource | PairFileSource, unit_byt
             yield {"start": start, "stop": stop, "bytes": size}
 
 
-def _columns(source: FileSource | PairFileSource) -> list[str]:
+def columns_of(source: FileSource | PairFileSource) -> list[str]:
     """The columns that are read, of pairs the target's last."""
     if isinstance(source, FileSource):
         return [source.column]
@@ -330,11 +329,11 @@ def _columns(source: FileSource | PairFileSource) -> list[str]:
 def _check_text_columns(file: StoragePath, schema: pa.Schema, source: FileSource | PairFileSource) -> None:
     """:raises InputError: a column is not there, or holds what never is text, nor a number as a label."""
     has_labels = isinstance(source, PairFileSource) and source.task == CLASSIFY.name
-    for column in _columns(source):
+    for column in columns_of(source):
         check_column(file, schema.names, column)
         kind = schema.field(column).type
         value = kind.value_type if pa.types.is_dictionary(kind) else kind
-        is_label = has_labels and column == _columns(source)[-1]
+        is_label = has_labels and column == columns_of(source)[-1]
         if not any(is_kind(value) for is_kind in _MAY_BE_TEXT) and not (is_label and pa.types.is_integer(value)):
             raise InputError(f"{file}: column '{column}' holds {kind}, text (string) is expected")
 
@@ -343,7 +342,7 @@ def _check_keys(files: list[FoundFile], source: FileSource | PairFileSource) -> 
     """:raises InputError: a column is a key of none of the first JSON objects."""
     objects = chain.from_iterable(readers.jsonl_objects(file.place) for file in files)
     keys = list(dict.fromkeys(chain.from_iterable(islice(objects, _FIRST_ROWS))))
-    for column in _columns(source) if keys else ():
+    for column in columns_of(source) if keys else ():
         check_column(files[0].place, keys, column)
 
 

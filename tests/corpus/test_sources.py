@@ -27,7 +27,12 @@ def corpus(**values: object) -> CorpusSettings:
 def read(settings: CorpusSettings) -> list[Document | Pair | Rejected]:
     """What a worker reads: units travel as plain data."""
     units = [Unit(**json.loads(json.dumps(asdict(unit)))) for unit in plan_units(settings)]
-    return [record for unit in units for record in read_unit(unit)]
+    return records(settings, units)
+
+
+def records(settings: CorpusSettings, units: list[Unit]) -> list[Document | Pair | Rejected]:
+    sources = [*settings.documents, *settings.pairs]
+    return [record for unit in units for record in read_unit(unit, sources[unit.source])]
 
 
 def texts(settings: CorpusSettings) -> list[str]:
@@ -100,12 +105,13 @@ def test_many_small_files_share_units(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sources, "_MANY_FILES", 30)
     for number in range(31):
         (tmp_path / f"{number:02}.jsonl").write_text(f'{{"text": "{number}"}}\nbad\n')
-    units = plan_units(documents(type="jsonl", path=str(tmp_path)))
+    settings = documents(type="jsonl", path=str(tmp_path))
+    units = plan_units(settings)
     assert len(units) == 1
     assert units[0].origin == f"{tmp_path}/00.jsonl and 30 more"
-    records = list(read_unit(units[0]))
-    assert [record.text for record in records if isinstance(record, Document)] == [str(n) for n in range(31)]
-    bad = [record for record in records if isinstance(record, Rejected)]
+    found = records(settings, units)
+    assert [record.text for record in found if isinstance(record, Document)] == [str(n) for n in range(31)]
+    bad = [record for record in found if isinstance(record, Rejected)]
     assert [record.file for record in bad] == [str(tmp_path / f"{n:02}.jsonl") for n in range(31)]
     (tmp_path / "30.jsonl").unlink()
     assert len(plan_units(documents(type="jsonl", path=str(tmp_path)))) == 30
@@ -135,7 +141,8 @@ def test_units_stand_in_the_order_of_the_yaml_then_of_files_and_places(tmp_path:
     ]
     html, wsgiref = units[-2], next(unit for unit in units if unit.origin == "wsgiref")
     assert (wsgiref.documents, wsgiref.pairs, html.documents, html.pairs) == (True, True, False, True)
-    first = [record.text[:2] for unit in units if unit.source in (0, 2) for record in read_unit(unit)]  # type: ignore[union-attr]
+    found = records(settings, [unit for unit in units if unit.source in (0, 2)])
+    first = [record.text[:2] for record in found if isinstance(record, Document)]
     assert first == [f"{name}{n}" for name in "bab" for n in range(5)]
 
 
