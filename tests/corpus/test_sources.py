@@ -353,7 +353,7 @@ def test_evaluation_texts_that_cannot_be_read_are_an_error(tmp_path: Path) -> No
     ("name", "content", "source", "message"),
     [
         (None, None, {"type": "parquet"}, r"corpus.documents\[0\].path: .*: no such file"),
-        ("a.parquet", b"not parquet at all", {"type": "parquet"}, "a.parquet: not a readable parquet file"),
+        ("a.parquet", b"not parquet at all", {"type": "parquet"}, "a.parquet: not readable as parquet"),
         ("a.arrow", b"not arrow at all", {"type": "datasets"}, "a.arrow: not readable as an Arrow stream"),
         ("a.jsonl", b"", {"type": "jsonl"}, "a.jsonl: the file is empty"),
         ("a.csv", b"texts,b\n1,2\n", {"type": "csv"}, "no column 'text' among texts, b; did you mean 'texts'"),
