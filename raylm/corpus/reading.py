@@ -50,7 +50,7 @@ def _read_docstrings(unit: Unit) -> Iterator[Record]:
         except (SyntaxError, OSError) as error:
             yield Rejected(f"not Python source: {error}", file=path)
             continue
-        for _, text in found:
+        for text in found:
             number += 1
             pair = docstrings.summary_pair(text) if unit.pairs else None
             if pair is not None:
