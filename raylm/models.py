@@ -393,6 +393,7 @@ def _opened(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
     :raises ArtifactError: it cannot read what is there.
     """
+    where = StoragePath(path) if "://" in path else path
     try:
         place = str(StoragePath(path).at_hand()) if "://" in path else located(path)
         if place.endswith(GGUF):
@@ -403,7 +404,6 @@ def _opened(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     except ImportError as error:
         if path.endswith(GGUF):
             raise ArtifactError(f"model {StoragePath(path)}: to read it, `pip install 'raylm[gguf]'`") from error
-        raise
+        raise ArtifactError(f"model {where}: needs a package that is not here: {first_line(error)}") from error
     except (OSError, ValueError) as error:
-        where = StoragePath(path) if "://" in path else path
         raise ArtifactError(f"model {where}: cannot be loaded by transformers: {first_line(error)}") from error

@@ -28,6 +28,7 @@ from raylm import __version__
 from raylm.errors import ArtifactError, InputError, OutputError, first_line
 
 MANIFEST = "manifest.json"
+_MEND = "delete this file, and make the artifact anew"
 METRICS = "metrics.jsonl"
 """In a run: what training measured, a row for each line of its log."""
 PREDICTIONS = "predictions.jsonl"
@@ -396,9 +397,9 @@ class Manifest:
             content = file.read_json()
             manifest = cls(**content, directory=str(directory))
         except (ValueError, TypeError) as error:
-            raise ArtifactError(f"{file}: not a manifest of raylm ({error})") from error
+            raise ArtifactError(f"{file}: not a manifest of raylm ({error}); {_MEND}") from error
         if content.pop("seal", None) not in (None, "", fingerprint(content)):
-            raise ArtifactError(f"{file}: is not as it was written, its seal does not fit; make the artifact anew")
+            raise ArtifactError(f"{file}: is not as it was written, its seal does not fit; {_MEND}")
         return manifest
 
 
@@ -430,7 +431,8 @@ class Stopwatch:
 def find_files(pattern: str, suffixes: tuple[str, ...]) -> Iterator[tuple[StoragePath, fs.FileInfo]]:
     """The files that a path names: itself, the fitting files below a directory, or the matches of a glob.
 
-    Hidden files and those that start with `_` are passed over, as Hive and Spark do, where they are not named.
+    Hidden files and those that start with `_` are passed over, as Hive and Spark do, where they are not named; so are
+    the directories `….raylm` in which batch jobs work.
     """
     place = StoragePath(pattern)
     info = place.info()
@@ -452,17 +454,21 @@ def find_files(pattern: str, suffixes: tuple[str, ...]) -> Iterator[tuple[Storag
         for _ in parts[globs[0] :]:
             base = base.parent
         deep = len(parts) > globs[0] + 1 or "**" in parts[-1]
-        names_hidden = _is_hidden("/".join(parts[globs[0] :]))
         selector = fs.FileSelector(folder, recursive=deep, allow_not_found=True)
         for match in sorted(place.filesystem.get_file_info(selector), key=lambda entry: entry.path):
-            below = match.path[len(folder.rstrip("/")) + 1 :]
-            is_shown = names_hidden or not _is_hidden(below)
-            if match.type == fs.FileType.File and is_shown and _matches(match.path, place.path):
-                yield base / below, match
+            if match.type == fs.FileType.File and is_named(match.path, place.path):
+                yield base / match.path[len(folder.rstrip("/")) + 1 :], match
+
+
+def is_named(path: str, glob: str) -> bool:
+    """Whether a glob names a path; a hidden one where what is hidden stands in the glob."""
+    folder = re.split(r"[*?\[]", glob, maxsplit=1)[0].rpartition("/")[0]
+    below, wanted = path[len(folder) + 1 :], glob[len(folder) + 1 :]
+    return _matches(path, glob) and (_is_hidden(wanted) or not _is_hidden(below))
 
 
 def _is_hidden(path: str) -> bool:
-    return any(part.startswith((".", "_")) for part in path.split("/"))
+    return any(part.startswith((".", "_")) or part.endswith(".raylm") for part in path.split("/"))
 
 
 def _matches(path: str, pattern: str) -> bool:

@@ -61,15 +61,15 @@ def test_a_manifest_comes_back_as_it_was(tmp_path: Path) -> None:
     assert Manifest.read(directory) == written
     file = tmp_path / "manifest.json"
     file.write_text(file.read_text().replace('"read": 3', '"read": 4'))
-    with pytest.raises(ArtifactError, match="is not as it was written"):
+    with pytest.raises(ArtifactError, match="is not as it was written.*; delete this file, and make the artifact anew"):
         Manifest.read(directory)
     (tmp_path / "manifest.json").write_text('{"unheard": 1}')
-    with pytest.raises(ArtifactError, match="not a manifest"):
+    with pytest.raises(ArtifactError, match="not a manifest.*; delete this file, and make the artifact anew"):
         Manifest.read(directory)
 
 
 def test_find_files_reads_a_file_a_directory_and_globs(tmp_path: Path) -> None:
-    for name in ("a.jsonl", "b/c.jsonl", "b/d.txt", "b/.hidden.jsonl", "_temporary/e.jsonl"):
+    for name in ("a.jsonl", "b/c.jsonl", "b/d.txt", "b/.hidden.jsonl", "_temporary/e.jsonl", "a.raylm/f.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
 
@@ -83,6 +83,7 @@ def test_find_files_reads_a_file_a_directory_and_globs(tmp_path: Path) -> None:
     assert found(f"{tmp_path}/**.jsonl") == ["a.jsonl", "b/c.jsonl"]
     assert found(f"{tmp_path}/**") == ["a.jsonl", "b/c.jsonl", "b/d.txt"]
     assert found(f"{tmp_path}/[ab].jsonl") == ["a.jsonl"]
+    assert found(f"{tmp_path}/*.raylm/*.jsonl") == ["a.raylm/f.jsonl"], "it is named"
     assert found(f"{tmp_path}/nothing") == []
 
 

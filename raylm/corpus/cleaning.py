@@ -23,7 +23,8 @@ from raylm.storage import StoragePath
 
 _RUN_MB = 32
 """Of text that a worker holds before it sorts and writes; more in a large corpus."""
-_SAMPLES = 3
+SAMPLES = 3
+"""Rows of a unit, or of a part, that a report may show for each reason."""
 _EXCERPT_CHARS = 300
 
 DROPPED = pa.schema([(name, pa.string()) for name in ("reason", "kind", "source", "target")])
@@ -56,7 +57,7 @@ def clean_units(plan: Plan) -> list[Result]:
 
 def _clean_unit(plan: Plan, number: int, run_bytes: float) -> Result:
     unit, name, place = plan.units[number], plan.unit_names[number], plan.place("clean")
-    sources = [*plan.corpus.documents, *plan.corpus.pairs]
+    source = [*plan.corpus.documents, *plan.corpus.pairs][unit.source]
     counts: Counter[str] = Counter()
     samples: dict[str, list[str]] = {}
     runs: list[Result] = []
@@ -64,7 +65,7 @@ def _clean_unit(plan: Plan, number: int, run_bytes: float) -> Result:
     dropped: list[Dropped] = []
     rejected: list[dict[str, Any]] = []
     size = 0
-    for outcome in cleaned_records(read_unit(unit), plan.corpus, sources[unit.source], counts):
+    for outcome in cleaned_records(read_unit(unit, source), plan.corpus, source, counts):
         if isinstance(outcome, Cleaned):
             rows.append(outcome)
             size += len(outcome.source) + len(outcome.target or "")
@@ -72,22 +73,19 @@ def _clean_unit(plan: Plan, number: int, run_bytes: float) -> Result:
                 runs.append(_write_run(place / f"{name}-{len(runs)}.arrow", rows))
                 rows, size = [], 0
         elif isinstance(outcome, Dropped):
-            excerpts = samples.setdefault(f"dropped.{outcome.reason}", [])
-            if len(excerpts) < _SAMPLES:
-                excerpts.append(excerpt(outcome.source, outcome.target))
+            add_sample(samples, outcome)
             if plan.corpus.keep_dropped:
                 dropped.append(outcome)
         else:
             rejected.append(rejected_row(outcome, unit))
     if rows:
-        samples["kept"] = [excerpt(row.source, row.target) for row in rows[:_SAMPLES]]
         runs.append(_write_run(place / f"{name}-{len(runs)}.arrow", rows))
     if rejected:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected)
         (place / f"{name}-rejected.jsonl").write_bytes(lines.encode("utf-8", "backslashreplace"))
     if dropped:
         write_dropped(place / f"{name}-dropped.parquet", dropped)
-    return {"runs": runs, "counts": dict(counts), "samples": samples, "rejected": rejected[:_SAMPLES]}
+    return {"runs": runs, "counts": dict(counts), "samples": samples, "rejected": rejected[:SAMPLES]}
 
 
 def _write_run(file: StoragePath, rows: list[Cleaned]) -> Result:
@@ -100,6 +98,13 @@ def _write_run(file: StoragePath, rows: list[Cleaned]) -> Result:
         "bytes": sum(pc.sum(pc.binary_length(table[name])).as_py() or 0 for name in ("source", "target")),
         "starts": [int.from_bytes(rows[start].hash[:8], "big") for start in range(0, len(rows), BATCH_ROWS)],
     }
+
+
+def add_sample(samples: dict[str, list[str]], row: Dropped) -> None:
+    """Add the beginning of a dropped row to those of its reason, where these are few."""
+    excerpts = samples.setdefault(f"dropped.{row.reason}", [])
+    if len(excerpts) < SAMPLES:
+        excerpts.append(excerpt(row.source, row.target))
 
 
 def rejected_row(row: Rejected, unit: Unit) -> dict[str, Any]:

@@ -48,45 +48,38 @@ def python_files(package: str) -> list[tuple[str, Path]]:
     )
 
 
-def docstrings(source: bytes) -> Iterator[tuple[str, str]]:
-    """``(qualified name, text)`` of the documentation strings in a Python file, in its order, dedented.
+def docstrings(source: bytes) -> Iterator[str]:
+    """The documentation strings in a Python file, in its order, dedented.
 
-    The module's own has the name ``""``. Long strings in a module's dicts count as documentation, named
-    ``topics['assert']``: that is where ``pydoc_data`` keeps the language reference.
+    Long strings in a module's dicts count as documentation: that is where ``pydoc_data`` keeps the language reference.
     Raises SyntaxError where the source cannot be parsed, whatever the cause, at the first ``next``.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # other people's invalid escapes
-            found = list(_documented(ast.parse(source), ""))
+            found = list(_documented(ast.parse(source)))
     except (ValueError, RecursionError, MemoryError) as error:  # null bytes; code nested too deep
         raise SyntaxError(f"cannot be parsed: {error}") from error
     yield from found
 
 
-def _documented(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+def _documented(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         text = ast.get_docstring(node)  # cleaned with inspect.cleandoc
         if text:
-            yield name, text
+            yield text
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from _documented(child, f"{name}.{child.name}" if name else child.name)
-        elif isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):  # `if` around a definition
+        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):  # `if` around a definition
             if isinstance(node, ast.Module) and isinstance(child, ast.Assign | ast.AnnAssign):
-                yield from _topics(child)
-            yield from _documented(child, name)
+                yield from _topics(child.value)
+            yield from _documented(child)
 
 
-def _topics(assignment: ast.Assign | ast.AnnAssign) -> Iterator[tuple[str, str]]:
-    if not isinstance(assignment.value, ast.Dict):
-        return
-    name = ast.unparse(assignment.targets[0] if isinstance(assignment, ast.Assign) else assignment.target)
-    for key, value in zip(assignment.value.keys, assignment.value.values, strict=True):
+def _topics(assigned: ast.expr | None) -> Iterator[str]:
+    for value in assigned.values if isinstance(assigned, ast.Dict) else ():
         text = value.value if isinstance(value, ast.Constant) else None
         if isinstance(text, str) and len(text) >= _MIN_TOPIC_CHARS:
-            label = repr(key.value) if isinstance(key, ast.Constant) else "..."
-            yield f"{name}[{label}]", inspect.cleandoc(text)
+            yield inspect.cleandoc(text)
 
 
 # --- document and summary -----------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from raylm.corpus.rows import CLEANED, DOCUMENT
 from raylm.corpus.shingles import Hashes, shingles
 from raylm.corpus.steps import Result, hash_bound, read_table, run_step, write_table
 from raylm.settings import CorpusSettings, DecontaminateSettings
-from raylm.storage import StoragePath
+from raylm.storage import StoragePath, at_once
 from raylm.tasks import CLASSIFY
 
 MERGED = pa.schema(
@@ -43,11 +43,12 @@ MERGED = pa.schema(
 _RANGED = CLEANED.append(MERGED.field("from")).append(MERGED.field("rank"))
 _CLUSTERS = 5
 _EVALUATION = "evaluation.arrow"
+_HELD_OUT = "held-out.arrow"
 _NUMBER_BITS = 40
 
 
 def merge(plan: Plan, cleaned: list[Result]) -> list[Result]:
-    """What became of each part: how many rows are left, dropped as copies or contaminated; the largest groups."""
+    """What became of each part: how many rows were dropped, by reason; the largest groups of copies."""
     place = plan.place("merge")
     runs = [(number, run) for number, result in enumerate(cleaned) for run in result["runs"]]
     total = sum(run["bytes"] for _, run in runs)
@@ -55,6 +56,8 @@ def merge(plan: Plan, cleaned: list[Result]) -> list[Result]:
     evaluation = place / _EVALUATION
     if plan.corpus.decontaminate.against and not evaluation.is_file():
         write_table(evaluation, pa.table({"hash": evaluation_ngrams(plan.corpus.decontaminate)}))
+    if plan.corpus.dedup.pairs == "target" and not (place / _HELD_OUT).is_file():
+        write_table(place / _HELD_OUT, _held_out_pairs(plan, runs))
     return run_step(place, "prepare: merge", part_names(parts), lambda part: _merge_part(plan, runs, part, parts))
 
 
@@ -79,7 +82,8 @@ def _merge_part(plan: Plan, runs: Sequence[tuple[int, Result]], part: int, parts
     if len(table) > 1:
         is_first[1:] = pc.not_equal(hashes[1:], hashes[:-1]).to_numpy(zero_copy_only=False)
     kept = table.filter(pa.array(is_first))
-    is_asked = held_out_elsewhere(kept)
+    is_by_target = plan.corpus.dedup.pairs == "target"
+    is_asked = held_out_elsewhere(kept, read_table(plan.place("merge") / _HELD_OUT) if is_by_target else None)
     clusters = _largest_groups(table, np.flatnonzero(is_first))
     is_forbidden = np.zeros(len(kept), bool)
     if plan.corpus.decontaminate.against:
@@ -102,7 +106,6 @@ def _merge_part(plan: Plan, runs: Sequence[tuple[int, Result]], part: int, parts
         ),
     )  # fmt: skip
     return {
-        "rows": len(kept),
         "counts": {
             "dropped.duplicate": int((~is_first).sum()),
             "dropped.contaminated": int(is_forbidden.sum()),
@@ -112,18 +115,53 @@ def _merge_part(plan: Plan, runs: Sequence[tuple[int, Result]], part: int, parts
     }
 
 
-def held_out_elsewhere(rows: pa.Table) -> NDArray[np.bool_]:
+def held_out_elsewhere(rows: pa.Table, held_out: pa.Table | None = None) -> NDArray[np.bool_]:
     """Which pairs would be learned, or validated, while what they ask is held out, or tested, with another answer.
 
     Labelled texts are not among them: of their labels, one is chosen later.
+
+    :param held_out: what is asked by the held-out pairs of all parts, where targets tell copies apart; otherwise pairs
+        that ask the same stand in the same part.
     """
-    is_pair = ~pc.is_in(rows["kind"], pa.array([DOCUMENT, CLASSIFY.name])).to_numpy(zero_copy_only=False)
-    trained, tested = (pc.equal(rows["decided"], split).to_numpy(zero_copy_only=False) for split in ("train", "test"))
-    asked = _prefixes(rows["hash"])
+    is_pair = _are_pairs(rows)
+    asked = pa.array(_prefixes(rows["hash"])) if held_out is None else _asked(rows)
+    if held_out is None:
+        held_out = pa.table({"asked": asked, "decided": rows["decided"]}).filter(pa.array(is_pair))
     elsewhere = np.zeros(len(rows), bool)
-    for before, held_out in ((trained, ~trained), (~tested, tested)):
-        elsewhere |= is_pair & before & np.isin(asked, np.unique(asked[is_pair & held_out]))
+    for splits, above in ((["train"], ["validation", "test"]), (["train", "validation"], ["test"])):
+        others = held_out["asked"].filter(pc.is_in(held_out["decided"], pa.array(above))).combine_chunks()
+        is_same = pc.and_(pc.is_in(rows["decided"], pa.array(splits)), pc.is_in(asked, others))
+        elsewhere |= is_pair & is_same.to_numpy(zero_copy_only=False)
     return elsewhere
+
+
+def _held_out_pairs(plan: Plan, runs: Sequence[tuple[int, Result]]) -> pa.Table:
+    """What the held-out pairs of the whole corpus ask, and the splits that they are in."""
+    names = ("kind", "to", "split", "split_hash", "linked_hash")
+    options = pa.ipc.IpcReadOptions(included_fields=[CLEANED.get_field_index(name) for name in names])
+
+    def held_out(run: Result) -> pa.Table:
+        with (plan.place("clean") / run["file"]).open_input() as stream:
+            rows = pa.ipc.open_file(stream, options=options).read_all()
+        splits = splits_of(rows, plan.corpus)
+        table = pa.table({"asked": _asked(rows), "decided": pa.array(splits, pa.string())})
+        return table.filter(pa.array(_are_pairs(rows) & (splits != "train")))
+
+    found = at_once(held_out, [run for number, run in runs if plan.units[number].pairs])
+    schema = pa.schema([("asked", pa.string()), ("decided", pa.string())])
+    return pa.concat_tables([schema.empty_table(), *found])
+
+
+def _are_pairs(rows: pa.Table) -> NDArray[np.bool_]:
+    """Which rows are pairs with a target of their own."""
+    are_not: NDArray[np.bool_] = pc.is_in(rows["kind"], pa.array([DOCUMENT, CLASSIFY.name])).to_numpy()
+    return ~are_not
+
+
+def _asked(rows: pa.Table) -> pa.ChunkedArray:
+    """What pairs ask: equal where task, language and source are; of questions, where their contexts are."""
+    columns = rows["kind"], pc.fill_null(rows["to"], ""), rows["split_hash"].cast(pa.string())
+    return pc.binary_join_element_wise(*columns, " ")
 
 
 def _largest_groups(table: pa.Table, begins: NDArray[np.int64]) -> list[dict[str, Any]]:
@@ -183,7 +221,7 @@ def _prefixes(hashes: pa.ChunkedArray) -> Hashes:
 def splits_of(table: pa.Table, corpus: CorpusSettings) -> NDArray[np.object_]:
     """The split of each row: what its source says, else what the hash of its content or of its pair's source says.
 
-    What is held out as a pair is held out as a document, too, where a corpus has it as both.
+    What its hash holds out as a pair is held out as a document, too, where a corpus has it as both.
     """
     validation = corpus.validation
 

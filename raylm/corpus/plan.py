@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -70,9 +70,10 @@ class Plan:
         dedup = corpus["dedup"]
         keys: dict[str, str] = {"clean": self._clean_key}
         sources = [unit.source for unit in self.units]
-        keys["merge"] = fingerprint(
-            [self.unit_names, sources, dedup["keep"], {name: corpus[name] for name in _MERGE}, self.evaluation]
-        )
+        merge = [self.unit_names, sources, dedup["keep"], {name: corpus[name] for name in _MERGE}, self.evaluation]
+        if dedup["pairs"] == "target":
+            merge.append("held out by source")  # rows are dropped that earlier versions kept
+        keys["merge"] = fingerprint(merge)
         keys["minhash"] = fingerprint([keys["merge"], [dedup[name] for name in _MINHASH]])
         keys["dedup"] = fingerprint([keys["minhash"], [dedup[name] for name in _DEDUP]])
         keys["paragraphs"] = fingerprint([keys["dedup"], [dedup[name] for name in _PARAGRAPHS]])
@@ -116,17 +117,22 @@ def make_plan(settings: Settings) -> Plan:
     :raises InputError: there is no source, or one is missing or damaged.
     """
     if settings.pretrain.stream:
-        return plan_stream(settings)[0]
+        units = plan_units(settings.corpus, STREAM_UNIT_BYTES)
+        return _plan(settings, _sampled(units, settings.corpus))
     return _plan(settings, plan_units(settings.corpus))
 
 
 def plan_stream(settings: Settings) -> tuple[Plan, Plan]:
     """Where pretraining streams its documents: the plan of the sample to prepare, and that of the documents to stream.
 
-    :raises InputError: as `make_plan`.
+    :raises InputError: as `make_plan`, or there are no documents.
     """
     units = plan_units(settings.corpus, STREAM_UNIT_BYTES)
-    return _plan(settings, _sampled(units, settings.corpus)), _plan(settings, [u for u in units if u.documents])
+    documents = tuple(unit for unit in units if unit.documents)
+    if not documents:
+        raise InputError("corpus.documents: pretrain.stream reads documents, and none are named here")
+    sample = _plan(settings, _sampled(units, settings.corpus))
+    return sample, replace(sample, units=documents)
 
 
 def _plan(settings: Settings, units: list[Unit]) -> Plan:

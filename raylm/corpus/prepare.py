@@ -16,7 +16,7 @@ from raylm.corpus.dedup import find_near_duplicates
 from raylm.corpus.merge import merge
 from raylm.corpus.paragraphs import find_repeats
 from raylm.corpus.plan import WORK, Plan, make_plan
-from raylm.corpus.shards import TOKENIZER, Ids, learn_tokenizer, tokenize, write_shards
+from raylm.corpus.shards import TOKENIZER, Ids, check_tokenizer, learn_tokenizer, tokenize, write_shards
 from raylm.corpus.steps import Result
 from raylm.errors import InputError
 from raylm.lease import held
@@ -34,6 +34,7 @@ def prepare(settings: Settings) -> Manifest:
     """Token shards and a tokenizer of the corpus in the settings; nothing is done where they exist already.
 
     :raises InputError: a source is missing or damaged, more rows cannot be read than allowed, or nothing is left.
+    :raises ArtifactError: the tokenizer that is to be taken cannot be.
     :raises OutputError: another process is preparing this corpus.
     """
     stopwatch = Stopwatch()
@@ -61,6 +62,7 @@ def _up_to_date(plan: Plan) -> Manifest | None:
 
 
 def _prepared(plan: Plan, stopwatch: Stopwatch) -> Manifest:
+    check_tokenizer(plan)
     (plan.root / MANIFEST).delete()  # unfinished from here on
     _forget_shards(plan)
 
@@ -94,21 +96,13 @@ def _prepared(plan: Plan, stopwatch: Stopwatch) -> Manifest:
     return manifest
 
 
-def _counts(*steps: list[Result]) -> Counter[str]:
-    """Rows read, kept after all steps, and dropped by reason."""
+def _counts(cleaned: list[Result], merged: list[Result], tokenized: list[Result], packed: list[Result]) -> Counter[str]:
+    """Rows read, kept by the last step that drops any, and dropped by reason."""
     counts: Counter[str] = Counter()
-    for results in steps:
+    for results in (cleaned, merged, tokenized, packed):
         for result in results:
             counts.update(result["counts"])
-    late = (
-        "duplicate",
-        "contaminated",
-        "held_out_source",
-        "near_duplicate",
-        "repeated_paragraphs",
-        "conflicting_label",
-    )
-    counts["kept"] -= sum(counts[f"dropped.{reason}"] for reason in late)
+    counts["kept"] = sum(result["rows"] for result in tokenized)
     return counts
 
 
@@ -195,9 +189,7 @@ def _statistics(
 ) -> dict[str, Any]:
     """What a report draws."""
     samples: dict[str, list[str]] = {}
-    kept = [{"samples": result["samples"]} for result in tokenized]
-    without_kept = [{"samples": {k: v for k, v in r["samples"].items() if k != "kept"}} for r in cleaned]
-    for result in [*kept, *without_kept]:
+    for result in [*tokenized, *cleaned]:
         for reason, texts in result["samples"].items():
             samples[reason] = (samples.get(reason, []) + texts)[:_SHOWN]
     exact = [cluster for result in merged for cluster in result["clusters"]]

@@ -44,12 +44,12 @@ class Row:
 
 
 def uncompressed_name(file: StoragePath) -> str:
-    """The file's name without the suffix of a compression."""
-    return file.name.removesuffix(".gz").removesuffix(".zst")
+    """The file's name in lower case, without the suffix of a compression."""
+    return file.name.lower().removesuffix(".gz").removesuffix(".zst")
 
 
 def is_compressed(file: StoragePath) -> bool:
-    return file.name.endswith(tuple(CODECS))
+    return file.name.lower().endswith(tuple(CODECS))
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def opened(file: StoragePath) -> io.BufferedReader:
     """The bytes of a file, decompressed."""
     if not is_compressed(file):
         return io.BufferedReader(file.open_input(), BUFFER_BYTES)
-    codec = next(codec for suffix, codec in CODECS.items() if file.name.endswith(suffix))
+    codec = next(codec for suffix, codec in CODECS.items() if file.name.lower().endswith(suffix))
     stream = file.filesystem.open_input_stream(file.path, compression=codec, buffer_size=BUFFER_BYTES)
     return io.BufferedReader(stream, BUFFER_BYTES)
 
@@ -113,7 +113,8 @@ def excerpt(found: object) -> str:
     """The beginning of what was found, for the dead letter."""
     if isinstance(found, bytes):
         found = found[: 4 * EXCERPT_CHARS].decode("utf-8", "replace")
-    return str(found)[:EXCERPT_CHARS].rstrip("\r\n")
+    text = str(found)[:EXCERPT_CHARS].rstrip("\r\n")
+    return text.encode(errors="replace").decode()  # half of a surrogate pair cannot be written
 
 
 # ----------------------------------------------------------------------------------------- values of a row
@@ -151,6 +152,18 @@ def jsonl_rows(file: StoragePath, start: int, stop: int, columns: Sequence[str])
         for position, line in _lines_from(stream, start, stop):
             if line.strip():
                 yield _json_row(position, line, columns)
+
+
+def jsonl_objects(file: StoragePath) -> Iterator[dict[str, Any]]:
+    """The objects of a file; lines that hold none are passed over."""
+    with damage_named(file, "JSON Lines"), opened(file) as stream:
+        for _, line in _lines(stream, 0, END):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict):
+                yield row
 
 
 def _json_row(position: int, line: bytes, columns: Sequence[str]) -> Row | Rejected:

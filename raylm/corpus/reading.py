@@ -11,18 +11,19 @@ from typing import Any
 from raylm.corpus import catalogs, cldr, docstrings, readers, tables
 from raylm.corpus.markup import html_text, plain_text
 from raylm.corpus.records import Document, Pair, Record, Rejected, Split
-from raylm.corpus.sources import Unit, list_files
+from raylm.corpus.sources import Unit, columns_of, list_files
 from raylm.errors import InputError
 from raylm.sentences import split_text
-from raylm.settings import EvaluationSource
+from raylm.settings import EvaluationSource, FileSource, PairFileSource
+from raylm.settings.corpus import DocumentSource, PairSource
 from raylm.storage import StoragePath
 from raylm.tasks import CLASSIFY, TASKS
 
 _PARAGRAPH_END = re.compile(r"\n\s*\n")
 
 
-def read_unit(unit: Unit) -> Iterator[Record]:
-    """The records of a unit, in their order.
+def read_unit(unit: Unit, source: DocumentSource | PairSource) -> Iterator[Record]:
+    """The records of a unit of a source, in their order.
 
     :raises InputError: its file is damaged.
     """
@@ -32,10 +33,10 @@ def read_unit(unit: Unit) -> Iterator[Record]:
             yield Pair("translate", unit.arguments["to"], pair.source, pair.target, split, position=number)
     elif unit.kind == "docstrings":
         yield from _read_docstrings(unit)
-    else:
+    elif isinstance(source, FileSource | PairFileSource):
         several = len({piece["file"] for piece in unit.arguments["pieces"]}) > 1
         for piece in unit.arguments["pieces"]:
-            for record in _read_piece(piece, unit.arguments["settings"], unit.documents):
+            for record in _read_piece(piece, source):
                 if several and isinstance(record, Rejected):
                     record = replace(record, file=str(StoragePath(piece["file"])))
                 yield record
@@ -49,7 +50,7 @@ def _read_docstrings(unit: Unit) -> Iterator[Record]:
         except (SyntaxError, OSError) as error:
             yield Rejected(f"not Python source: {error}", file=path)
             continue
-        for _, text in found:
+        for text in found:
             number += 1
             pair = docstrings.summary_pair(text) if unit.pairs else None
             if pair is not None:
@@ -58,20 +59,19 @@ def _read_docstrings(unit: Unit) -> Iterator[Record]:
                 yield Document(text, position=number)
 
 
-def _read_piece(piece: dict[str, Any], settings: dict[str, Any], documents: bool) -> Iterator[Record]:
-    names = ["column"] if documents else ["source", "context", "target"]
-    columns = [settings[name] for name in names if settings[name] is not None]
-    for row in _rows(piece, settings["type"], columns):
+def _read_piece(piece: dict[str, Any], source: FileSource | PairFileSource) -> Iterator[Record]:
+    columns = columns_of(source)
+    for row in _rows(piece, source.type, columns):
         if isinstance(row, Rejected):
             yield row
-        elif documents:
-            yield from _documents(row, settings)
+        elif isinstance(source, FileSource):
+            yield from _documents(row, source)
         else:
-            yield _pair(row, columns, settings)
+            yield _pair(row, columns, source)
 
 
-def _pair(row: readers.Row, columns: list[str], settings: dict[str, Any]) -> Pair | Rejected:
-    task = TASKS[settings["task"]]
+def _pair(row: readers.Row, columns: list[str], origin: PairFileSource) -> Pair | Rejected:
+    task = TASKS[origin.task]
     texts = readers.row_texts(_with_text_label(row) if task == CLASSIFY else row, columns)
     if isinstance(texts, Rejected):
         return texts
@@ -79,7 +79,7 @@ def _pair(row: readers.Row, columns: list[str], settings: dict[str, Any]) -> Pai
     if context is not None and not (source.strip() and context.strip()):
         empty = columns[1] if source.strip() else columns[0]
         return Rejected(f"{empty}: empty where a text is expected", row.position)
-    return Pair(task.name, settings["to"], source, target, settings["split"], context, position=row.position)
+    return Pair(task.name, origin.to, source, target, origin.split, context, position=row.position)
 
 
 def _with_text_label(row: readers.Row) -> readers.Row:
@@ -89,17 +89,17 @@ def _with_text_label(row: readers.Row) -> readers.Row:
     return replace(row, values=(text, str(label))) if is_number else row
 
 
-def _documents(row: readers.Row, settings: dict[str, Any]) -> Iterator[Document | Rejected]:
-    split: Split | None = "validation" if settings["validation"] else None
-    if settings["type"] == "html":
+def _documents(row: readers.Row, source: FileSource) -> Iterator[Document | Rejected]:
+    split: Split | None = "validation" if source.validation else None
+    if source.type == "html":
         text = html_text(row.values[0])
     else:
-        texts = readers.row_texts(row, [settings["column"]])
+        texts = readers.row_texts(row, [source.column])
         if isinstance(texts, Rejected):
             yield texts
             return
-        text = plain_text(texts[0], "markdown" if settings["type"] == "markdown" else settings["markup"])
-    for part in _parts(text, settings["split_into"]):
+        text = plain_text(texts[0], "markdown" if source.type == "markdown" else source.markup)
+    for part in _parts(text, source.split_into):
         yield Document(part, split, row.position)
 
 

@@ -17,7 +17,7 @@ from raylm.corpus.clean import clean, clean_line
 from raylm.corpus.filters import reject_document
 from raylm.corpus.pair_filters import reject_labelled, reject_pair
 from raylm.corpus.pii import mask
-from raylm.corpus.readers import EXCERPT_CHARS
+from raylm.corpus.readers import excerpt
 from raylm.corpus.records import Document, Pair, Record, Rejected
 from raylm.language import identify
 from raylm.settings import CldrSource, CorpusSettings, PairFileSource
@@ -110,7 +110,7 @@ def cleaned_records(
         except Exception as error:  # whatever a row does to a library, it costs that row alone
             counts["rejected"] += 1
             text = record.text if isinstance(record, Document) else record.source
-            yield Rejected(f"{type(error).__name__}: {error}", record.position, text[:EXCERPT_CHARS], "clean")
+            yield Rejected(f"{type(error).__name__}: {error}", record.position, excerpt(text), "clean")
             continue
         counts[f"dropped.{outcome.reason}" if isinstance(outcome, Dropped) else "kept"] += 1
         yield outcome

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from raylm.corpus import mixture
-from raylm.corpus.cleaning import dropped_rows, excerpt, write_dropped
+from raylm.corpus.cleaning import SAMPLES, add_sample, dropped_rows, excerpt, write_dropped
 from raylm.corpus.dedup import near_duplicates
 from raylm.corpus.filters import width
 from raylm.corpus.merge import merged_file, part_names
@@ -28,6 +28,7 @@ from raylm.corpus.plan import Plan
 from raylm.corpus.rows import DOCUMENT, Dropped
 from raylm.corpus.steps import Result, read_table, run_step, write_table
 from raylm.corpus.tokenizer import save_tokenizer, text_encoder, train_tokenizer
+from raylm.errors import ArtifactError
 from raylm.models import MAX_POSITIONS, load_tokenizer
 from raylm.storage import StoragePath
 from raylm.tasks import CLASSIFY, TASKS
@@ -86,6 +87,17 @@ class Ids:
     pad: int
     size: int
     """Of the vocabulary."""
+
+
+def check_tokenizer(plan: Plan) -> None:
+    """:raises ArtifactError: the tokenizer that is to be taken cannot be loaded, or has no `tokenizer.json`."""
+    start = plan.start_from
+    if start and not load_tokenizer(start).is_fast:
+        where = StoragePath(start) if "://" in start else start
+        raise ArtifactError(
+            f"model {where}: its tokenizer is written in Python and has no tokenizer.json, which tokenising needs;"
+            " name another one with corpus.tokenizer.start_from"
+        )
 
 
 def learn_tokenizer(plan: Plan, parts: int) -> Ids:
@@ -168,6 +180,9 @@ def _tokenize_part(plan: Plan, part: int, parts: int, special: Ids) -> Result:
     lengths = pc.list_value_length(of_documents["ids"]).filter(trained).to_numpy().astype(np.int64)
     by_source = np.bincount(of_documents["from"].filter(trained).to_numpy(), weights=lengths)
     counts: Counter[str] = Counter(f"dropped.{row.reason}" for row in dropped)
+    samples = {"kept": [excerpt(row["source"], row["target"]) for row in table.slice(0, SAMPLES).to_pylist()]}
+    for row in dropped:
+        add_sample(samples, row)
     return {
         "rows": len(table),
         "counts": {**counts, "paragraphs_dropped": paragraphs},
@@ -177,8 +192,7 @@ def _tokenize_part(plan: Plan, part: int, parts: int, special: Ids) -> Result:
             "documents": Counter(documents["language"].to_pylist()),
             "pairs": Counter(pairs["language"].to_pylist()),
         },
-        "samples": {"kept": [excerpt(r["source"], r["target"]) for r in table.slice(0, 3).to_pylist()]}
-        | {f"dropped.{row.reason}": [excerpt(row.source, row.target)] for row in dropped},
+        "samples": samples,
     }
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from raylm.errors import RaylmError, from_plain, to_plain
 from raylm.progress import Progress
-from raylm.storage import StoragePath
+from raylm.storage import StoragePath, at_once
 
 Result = dict[str, Any]
 """What an item's work gives: plain data, published as JSON once all files of the item are."""
@@ -42,9 +42,9 @@ def run_step(
     :raises RaylmError: the one that `work` raised.
     """
     there = {file.name for file, _ in place.list()}
-    results: dict[int, Result] = {n: {} for n, name in enumerate(names) if f"{name}.json" in there}
-    for number in results:
-        results[number] = (place / f"{names[number]}.json").read_json()
+    known = [number for number, name in enumerate(names) if f"{name}.json" in there]
+    read = at_once(lambda number: (place / f"{names[number]}.json").read_json(), known)
+    results: dict[int, Result] = dict(zip(known, read, strict=True))
     todo = [number for number in range(len(names)) if number not in results]
     total = sum(map(measure, range(len(names))))
     with Progress(title, total, unit) as progress:

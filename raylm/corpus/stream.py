@@ -151,8 +151,9 @@ class Stream:
         pieces = []
         for number, again in self._entries_at(place):
             unit = self.plan.units[number]
+            source = corpus.documents[unit.source]
             rows: list[Cleaned] = []
-            for outcome in cleaned_records(read_unit(unit), corpus, corpus.documents[unit.source], counts):
+            for outcome in cleaned_records(read_unit(unit, source), corpus, source, counts):
                 if isinstance(outcome, Cleaned):
                     if outcome.kind == DOCUMENT:
                         rows.append(outcome)

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raylm.corpus.readers import BUFFER_BYTES, Row, check_column, damage_named
-from raylm.errors import InputError, first_line
 from raylm.storage import StoragePath
 
 _BATCH_BYTES = 4 << 20
@@ -21,11 +20,9 @@ def opened_parquet(file: StoragePath) -> pq.ParquetFile:
 
     :raises InputError: it is not one.
     """
-    try:
+    with damage_named(file, "parquet"):
         # Buffered: a column of a row group is read piece by piece, however large the row group is.
         return pq.ParquetFile(file.open_input(), buffer_size=BUFFER_BYTES)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{file}: not a readable parquet file: {first_line(error)}") from error
 
 
 def parquet_rows(file: StoragePath, start: int, stop: int, columns: Sequence[str]) -> Iterator[Row]:

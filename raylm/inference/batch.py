@@ -25,6 +25,7 @@ from raylm.inference.workers import REQUESTS, answer_on_actors, answer_through_s
 from raylm.prices import cost, hourly_price
 from raylm.progress import Progress
 from raylm.settings import BatchSettings, Settings, model_directory
+from raylm.settings.inference import CheckSettings
 from raylm.settings.section import is_within, limit_text
 from raylm.storage import MANIFEST, Manifest, Stopwatch, at_once
 from raylm.tasks import Task
@@ -55,6 +56,7 @@ def run_batch(
     :param to: the target language; default: the model's only one.
     :param output: a file, or a directory where the input is several files; its suffix decides the format.
     :param limit: only the first rows.
+    :param overwrite: replace an output of another job, or of this one where it lacks the check that is asked for.
     :param through: own engine actors, or the replicas of a running `raylm serve`.
     :param dry_run: decode a sample only, and estimate the whole; nothing is written.
     :param connect: called before Ray is first needed, so that bad input and finished jobs cost no Ray.
@@ -82,17 +84,18 @@ def run_batch(
     else:
         info = ModelInfo.load(model or absolute(model_directory(settings)))
         prompt = prompt_for(info, task, *wording)
-    asked = {"prompt": asdict(prompt) | {"fields": list(prompt.fields)}, "columns": columns, "limit": limit}
-    key = job_key(files, info.fingerprint, decode, asked)
-    if dry_run:
-        return estimate(settings.batch, info, prompt, files, columns, limit)
     unknown = sorted(columns.keys() - set(prompt.fields))
     if unknown:
         raise SettingsError(
             f"a column is named for {', '.join(unknown)}, but the prompt reads {', '.join(prompt.fields)}"
         )
+    asked = {"prompt": asdict(prompt) | {"fields": list(prompt.fields)}, "columns": columns, "limit": limit}
+    key = job_key(files, info.fingerprint, decode, asked)
+    if dry_run:
+        return estimate(settings.batch, info, prompt, files, columns, limit)
     outputs = output_files(target, files, input)
-    if finished := finished_manifest(target, key, outputs):
+    finished = finished_manifest(target, key, outputs)
+    if finished and not (overwrite and _lacks_check(finished, settings.batch.check)):
         _check_finished(finished, settings.batch)
         return finished
 
@@ -185,13 +188,19 @@ def _check_finished(manifest: Manifest, settings: BatchSettings) -> None:
 
     :raises RaylmError: it has more errors than may be, or scored lower than it has to, or was not checked so.
     """
-    counts, check, before = manifest.counts, settings.check, manifest.settings.get("check")
+    counts, check = manifest.counts, settings.check
     _check_errors(manifest.stage, counts["errors"], counts["rows"], "see its `error` column", settings.max_errors)
-    if check is None or before == check.model_dump():
-        return
-    if before is None or (before["references"], before["rows"]) != (check.references, check.rows):
+    if _lacks_check(manifest, check):
         raise RaylmError(f"{manifest.stage}: was done without this batch.check; do it again with --overwrite")
-    check_score(manifest.metrics["checked_chrf"], manifest.metrics["checked_rows"], check)
+    if check is not None:
+        metrics = manifest.metrics
+        check_score(metrics["checked_chrf"], metrics["checked_rows"], check, "; the output was published before")
+
+
+def _lacks_check(manifest: Manifest, check: CheckSettings | None) -> bool:
+    """Whether a job that was done before was not scored as is asked for now."""
+    before = manifest.settings.get("check") or {}
+    return check is not None and (before.get("references"), before.get("rows")) != (check.references, check.rows)
 
 
 def _check_errors(stage: str, failed: int, rows: int, example: str, limit: float | int | None) -> None:

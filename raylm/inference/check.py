@@ -8,6 +8,8 @@ from raylm.inference.chunks import Job, read_part
 from raylm.inference.io import read_fields
 from raylm.settings.inference import CheckSettings
 
+_GATE = "; nothing is published. What is done is kept, the same command with another min_chrf goes on from there"
+
 
 def check_references(job: Job, settings: CheckSettings) -> None:
     """:raises InputError: a file lacks the column with the references."""
@@ -39,11 +41,14 @@ def check_answers(job: Job, settings: CheckSettings) -> dict[str, float]:
     return {"checked_chrf": chrf, "checked_rows": len(answers)}
 
 
-def check_score(chrf: float, rows: int, settings: CheckSettings) -> None:
-    """:raises RaylmError: the score is too low."""
+def check_score(chrf: float, rows: int, settings: CheckSettings, outcome: str = _GATE) -> None:
+    """Nothing, if a score is high enough.
+
+    :param outcome: what the error says of the output.
+    :raises RaylmError: it is too low.
+    """
     if chrf < settings.min_chrf:
         raise RaylmError(
             f"batch.check: chrF of {rows:,} answers beside '{settings.references}' is {chrf:.1f},"
-            f" min_chrf is {settings.min_chrf:g}; nothing is published. What is done is kept, the same command with"
-            " another min_chrf goes on from there"
+            f" min_chrf is {settings.min_chrf:g}{outcome}"
         )

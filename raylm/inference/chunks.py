@@ -194,7 +194,7 @@ def answer_chunk(job: Job, chunk: Chunk, answer: Answer, tries: Tries | None = N
     """
     rows = read_chunk(job, chunk)
     note = job.tries(chunk)
-    with watchdog.watching(job.row_limit_s, Tries.mark(note)) if tries else nullcontext():
+    with watchdog.watching(job.row_limit_s, watchdog.mark_of(note)) if tries else nullcontext():
         if tries and tries.is_careful:
             answers = answer_one_by_one(
                 partial(answer_each, answer), rows.values, job.prompt, tries, note, job.row_limit_s

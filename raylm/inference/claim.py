@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from raylm.errors import OutputError
 from raylm.inference.io import FORMATS, InputFile, is_glob, suffix_of
 from raylm.lease import held
-from raylm.storage import Manifest, StoragePath
+from raylm.storage import Manifest, StoragePath, is_named
 from raylm.tasks import Task
 
 LOCK = "lock.json"
@@ -50,6 +50,10 @@ def output_place(pattern: str, files: Sequence[InputFile], task: Task, output: s
     inputs = {file.place.path for file in files}
     if own := [file for file in output_files(target, files, pattern) if file.path in inputs]:
         raise OutputError(f"--output {output}: would replace its input {own[0]}")
+    if named := [file for file in output_files(target, files, pattern) if is_named(file.path, place.path)]:
+        raise OutputError(
+            f"--output {output}: {pattern} names {named[0]} as well, which the next run would take for input"
+        )
     return target
 
 

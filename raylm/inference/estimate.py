@@ -12,6 +12,7 @@ from raylm.inference.engines import load_engine
 from raylm.inference.io import InputFile
 from raylm.inference.model import ModelInfo
 from raylm.inference.prompts import Prompt
+from raylm.inference.workers import workers_of
 from raylm.settings import BatchSettings
 from raylm.storage import Manifest, Stopwatch, StoragePath
 
@@ -91,6 +92,5 @@ def _workers(settings: BatchSettings, chunks: int) -> int:
     import ray
 
     cpus = int(ray.cluster_resources().get("CPU", 1)) if ray.is_initialized() else os.cpu_count() or 1
-    wanted = cpus if settings.workers == "auto" else settings.workers
-    most = wanted[1] if isinstance(wanted, tuple) else wanted
-    return max(min(most, chunks), 1)
+    _, most = workers_of(settings.workers, chunks, cpus, cpus)
+    return max(most, 1)

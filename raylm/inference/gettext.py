@@ -2,13 +2,14 @@
 
 An answer is marked fuzzy, as a machine's work is to be looked at: gettext's tools show it and do not use it before.
 What is translated already, comments, references and obsolete messages stay; the file is written by Babel, which orders
-the header's lines its own way.
+the header's lines its own way, and in UTF-8, as an answer may have letters that the catalog's own encoding lacks.
 """
 
 from __future__ import annotations
 
 import gettext
 import io
+import re
 from collections.abc import Iterable, Iterator
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from raylm.storage import StoragePath, reason
 if TYPE_CHECKING:
     from babel.messages.catalog import Catalog, Message
 
+_NO_CHARSET = re.compile(rb"(Content-Type:.*charset=)CHARSET")
+"""The header of a catalog in which nobody has said its encoding yet."""
 _NUMBERS = 200
 """Numbers of things that are tried out to learn which form says them."""
 COLUMNS = pa.schema([("text", pa.string()), ("context", pa.string()), ("form", pa.int32())])
@@ -54,6 +57,7 @@ def filled(place: StoragePath, answers: Iterable[str | None]) -> bytes:
         else:
             message.string = answer
         message.flags.add("fuzzy")
+    catalog.charset = "utf-8"
     file = io.BytesIO()
     write_po(file, catalog, width=0)
     return file.getvalue()
@@ -63,7 +67,8 @@ def _read(place: StoragePath) -> Catalog:
     from babel.messages.pofile import PoFileError, read_po
 
     try:
-        return read_po(io.BytesIO(place.read_bytes()), abort_invalid=True)
+        data = _NO_CHARSET.sub(rb"\1utf-8", place.read_bytes(), count=1)
+        return read_po(io.BytesIO(data), abort_invalid=True)
     except OSError as error:
         raise InputError(f"{place}: not readable: {reason(error)}") from error
     except (PoFileError, UnicodeDecodeError, ValueError, LookupError) as error:

@@ -181,8 +181,8 @@ def choose_columns(table: InputTable, prompt: Prompt, named: Mapping[str, str]) 
     """
     if prompt.fields == ("text",) and not named:
         return (_text_column(table),)
-    is_whole = prompt.template is None
-    return tuple(_checked_column(table, named.get(field, field), is_whole) for field in prompt.fields)
+    only_text = prompt.template is None
+    return tuple(_checked_column(table, named.get(field, field), only_text) for field in prompt.fields)
 
 
 def _text_column(table: InputTable) -> str:
@@ -195,7 +195,7 @@ def _text_column(table: InputTable) -> str:
     raise InputError(f"{where}: no column holds text; its columns: {_listed(table)}")
 
 
-def _checked_column(table: InputTable, wanted: str, is_text: bool) -> str:
+def _checked_column(table: InputTable, wanted: str, only_text: bool) -> str:
     columns, where = table.columns, table.file.place
     if wanted not in columns.names:
         hint = did_you_mean(wanted, columns.names) or "."
@@ -203,7 +203,7 @@ def _checked_column(table: InputTable, wanted: str, is_text: bool) -> str:
     field = columns.field(wanted)
     if _is_text(field) or pa.types.is_null(field.type) or _is_marked(field, b"number"):
         return wanted
-    if is_text or pa.types.is_nested(field.type) or pa.types.is_binary(field.type):
+    if only_text or pa.types.is_nested(field.type) or pa.types.is_binary(field.type):
         raise InputError(f"{where}: column '{wanted}' holds {field.type}, text (string) is expected")
     return wanted
 
@@ -234,12 +234,11 @@ class FieldRows:
 
 
 def read_fields(table: InputTable, columns: Sequence[str], start: int, stop: int, is_worded: bool = False) -> FieldRows:
-    """The rows [start, stop), with some columns.
+    """What the rows [start, stop) say in some columns.
+
+    A process that reads range after range of a Parquet file, in their order, decodes each row once.
 
     :param is_worded: the values stand among words, where numbers and dates are as good as text.
-
-    A process that reads range after range of a Parquet file, in their order, decodes each column once.
-
     :raises InputError: the file became unreadable.
     """
     cells = _cells(table, columns, start, stop)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from raylm.errors import RaylmError
 from raylm.inference import watchdog
@@ -47,7 +46,7 @@ class Tries:
             noted = json.loads(place.read_bytes())
             deaths = {int(row): number for row, number in noted["deaths"].items()}
             tries = cls(noted["begun"], noted["row"], deaths, noted["hung"])
-        has_hung = watchdog.take_mark(cls.mark(place))
+        has_hung = watchdog.take_mark(watchdog.mark_of(place))
         if tries.row is not None:
             tries.deaths[tries.row] = tries.deaths.get(tries.row, 0) + 1
             if has_hung:
@@ -63,11 +62,6 @@ class Tries:
         tries.begun += 1
         tries.write(place)
         return tries
-
-    @staticmethod
-    def mark(place: StoragePath) -> Path:
-        """Where a watchdog says that a worker hung over the chunk with these tries."""
-        return watchdog.mark_of(place)
 
     def write(self, place: StoragePath) -> None:
         place.write_bytes(json.dumps(asdict(self)).encode())

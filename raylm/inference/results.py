@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import pyarrow as pa
@@ -18,8 +18,7 @@ from raylm.inference.output import write_output
 from raylm.storage import MANIFEST, Manifest, StoragePath
 
 _SAMPLES = 3
-
-
+_SAMPLED_CHUNKS = 4
 _SHARED_ROWS = 1_000_000
 """From so many on, the files of a job are put together on all machines: starting processes there takes seconds."""
 
@@ -185,10 +184,12 @@ def _answers(job: Job, chunks: list[Chunk], tally: _Tally) -> Iterator[pa.Record
 
 def _samples(job: Job) -> list[dict[str, Any]]:
     """The first rows that have an answer, for a person to look at."""
-    for chunk in job.chunks[:1]:
-        rows = read_chunk(job, chunk)
-        answers = read_part(job, chunk)[job.task.column].to_pylist()
-        pairs = zip(rows.values, answers, strict=True)
-        shown = [{"source": row[0], "output": answer} for row, answer in pairs if answer is not None]
-        return shown[:_SAMPLES]
-    return []
+    found = chain.from_iterable(_answered(job, chunk) for chunk in job.chunks[:_SAMPLED_CHUNKS])
+    return list(islice(found, _SAMPLES))
+
+
+def _answered(job: Job, chunk: Chunk) -> Iterator[dict[str, Any]]:
+    answers = read_part(job, chunk)[job.task.column].to_pylist()
+    for row, answer in zip(read_chunk(job, chunk).values, answers, strict=True):
+        if answer is not None:
+            yield {"source": row[0], "output": answer}

@@ -7,12 +7,13 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
 
 import pyarrow as pa
 
-from raylm.errors import InputError
+from raylm.errors import InputError, first_line
 from raylm.inference import gettext
 from raylm.storage import StoragePath, reason
 
@@ -48,15 +49,30 @@ def prepare(place: StoragePath, kind: str, target: StoragePath) -> tuple[int, pa
 
 
 def _prepare_arrow(place: StoragePath, target: StoragePath) -> tuple[int, pa.Schema]:
-    """Arrow's IPC file format, which Feather 2 is."""
+    """Arrow's IPC formats: that of files, which Feather 2 is, and that of streams."""
+    with _opened(place, StoragePath.open_input) as stream:
+        is_file = stream.read(6) == b"ARROW1"
+        stream.seek(0)
+        with _damage_named(place):
+            reader = pa.ipc.open_file(stream) if is_file else pa.ipc.open_stream(stream)
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            with _damage_named(place):
+                if is_file:
+                    yield from map(reader.get_batch, range(reader.num_record_batches))
+                else:
+                    yield from reader
+
+        return _write(batches(), reader.schema, target), reader.schema
+
+
+@contextmanager
+def _damage_named(place: StoragePath) -> Iterator[None]:
+    """:raises InputError: the file ends early or breaks the rules of its format."""
     try:
-        with _opened(place, StoragePath.open_input) as stream:
-            reader = pa.ipc.open_file(stream)
-            batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
-            return _write(batches, reader.schema, target), reader.schema
-    except pa.ArrowInvalid as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{place}: not readable as an Arrow IPC file: {reason}") from error
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{place}: not readable as an Arrow IPC file: {first_line(error)}") from error
 
 
 def _prepare_po(place: StoragePath, target: StoragePath) -> tuple[int, pa.Schema]:
@@ -117,6 +133,8 @@ def _json_rows(place: StoragePath) -> Iterator[tuple[str, dict[str, Any]]]:
             raise InputError(f"{place}: line {number}: not UTF-8 at byte {error.start}") from None
         except ValueError as error:
             raise InputError(f"{place}: line {number}: not JSON: {error}; one object a line is expected") from None
+        except RecursionError:
+            raise InputError(f"{place}: line {number}: JSON that is nested too deeply to be read") from None
         if not line:
             continue
         if not isinstance(row, dict):
@@ -155,6 +173,8 @@ class _Columns:
     def __init__(self) -> None:
         self._types: dict[str, pa.DataType | None] = {}
         self._with_text: set[str] = set()
+        self._with_large: set[str] = set()
+        """Keys with integers that are no floating-point numbers, as those beyond 2^53."""
 
     def observe(self, rows: Sequence[dict[str, Any]]) -> None:
         for name in dict.fromkeys(key for row in rows for key in row):
@@ -162,7 +182,12 @@ class _Columns:
             if any(isinstance(value, str) for value in values):
                 self._with_text.add(name)
             found = _type_of(values)
-            self._types[name] = _common_type(self._types[name], found) if name in self._types else found
+            if found is not None and _has_large(values, found):
+                self._with_large.add(name)
+            before = self._types.get(name, found)
+            common = _common_type(before, found)
+            loses = name in self._with_large and (_is_widened(before, common) or _is_widened(found, common))
+            self._types[name] = None if loses else common
 
     def schema(self) -> pa.Schema:
         fields = []
@@ -193,6 +218,37 @@ def _common_type(a: pa.DataType | None, b: pa.DataType | None) -> pa.DataType | 
         return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
     except (pa.ArrowException, TypeError):
         return None
+
+
+def _has_large(values: Sequence[Any], kind: pa.DataType) -> bool:
+    """Whether some integers, at any depth, cannot be floating-point numbers."""
+    floating = _with_floats(kind)
+    if floating == kind:
+        return False
+    try:
+        pa.array(values, floating)
+    except pa.ArrowInvalid:
+        return True
+    return False
+
+
+def _with_floats(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _with_floats(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(_with_floats(kind.value_type))
+    return pa.float64() if pa.types.is_int64(kind) else kind
+
+
+def _is_widened(kind: pa.DataType | None, common: pa.DataType | None) -> bool:
+    """Whether some integers of a type are floating-point numbers in one that it has in common with others."""
+    if kind is None or common is None:
+        return False
+    if pa.types.is_struct(kind):
+        return any(_is_widened(field.type, common.field(field.name).type) for field in kind)
+    if pa.types.is_list(kind):
+        return _is_widened(kind.value_type, common.value_type)
+    return bool(pa.types.is_int64(kind) and pa.types.is_floating(common))
 
 
 def typed_rows(rows: Sequence[dict[str, Any]], columns: pa.Schema) -> pa.RecordBatch:
@@ -238,8 +294,7 @@ def _prepare_csv(place: StoragePath, target: StoragePath) -> tuple[int, pa.Schem
             first = list(islice(batches, 1))
             rows = _write(chain(first, batches), columns, target)
     except pa.ArrowInvalid as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{place}: not readable as CSV: {reason}") from error
+        raise InputError(f"{place}: not readable as CSV: {first_line(error)}") from error
     return rows, _mark_numbers(first[0].slice(0, PREPARED_ROWS)) if first else columns
 
 

@@ -17,6 +17,7 @@ from raylm.inference.engines import load_engine
 from raylm.inference.engines.cache import RememberingEngine
 from raylm.inference.model import ModelInfo
 from raylm.inference.quarantine import Tries
+from raylm.progress import hushed
 from raylm.settings import DecodeSettings, Topology
 from raylm.storage import persistently
 
@@ -72,11 +73,20 @@ def plan_workers(
     import ray
 
     gpus, cpus = sum(machines("GPU", topology)), sum(machines("CPU", topology))
+    up = int(ray.cluster_resources().get("GPU" if gpus else "CPU", 0))
+    return workers_of(wanted, chunks, up, max(gpus or cpus, 1)), "cuda" if gpus else "cpu"
+
+
+def workers_of(wanted: int | tuple[int, int] | Literal["auto"], chunks: int, up: int, to_come: int) -> tuple[int, int]:
+    """The fewest and the most engine actors, no more than there are chunks.
+
+    :param up: how many the machines that are up have room for.
+    :param to_come: how many there may be room for where none is up yet.
+    """
     if wanted == "auto":
-        up = int(ray.cluster_resources().get("GPU" if gpus else "CPU", 0))
-        wanted = up or (1, max(gpus or cpus, 1))
+        wanted = up or (1, to_come)
     fewest, most = wanted if isinstance(wanted, tuple) else (wanted, wanted)
-    return (min(fewest, chunks), min(most, chunks)), "cuda" if gpus else "cpu"
+    return min(fewest, chunks), min(most, chunks)
 
 
 def answer_on_actors(
@@ -128,16 +138,9 @@ def _quiet_ray_data() -> Iterator[None]:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.enable_auto_log_stats = False
-    loggers = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
-    levels = {name: logging.getLogger(name).level for name in loggers}
-    for name, level in loggers.items():
-        logging.getLogger(name).setLevel(level)
-    try:
-        with DataContext.current(context):
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+    quiet = hushed("ray.data", logging.WARNING), hushed("ray.data._internal.progress", logging.ERROR)
+    with quiet[0], quiet[1], DataContext.current(context):
+        yield
 
 
 # ------------------------------------------------------------------------------- through the service

@@ -286,7 +286,8 @@ class TokenizerSettings(Section):
     vocab_size: int = Field(default=4_000, ge=512)
     """All ids, special tokens included."""
     sample_mb: float = Field(default=24, gt=0)
-    """Megabytes of text to train on, taken evenly from all sources."""
+    """Megabytes of text to train on: rows at random, so of each source in proportion to its size, but documents at most
+    half of it where there are pairs. With `pretrain.stream`, about as much of each source of documents."""
     single_digits: bool = True
     """Digits one by one, so that a model can copy and reorder numbers that it never saw; otherwise groups of three."""
     special_tokens: tuple[str, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 from collections import Counter
@@ -15,7 +16,7 @@ import pytest
 from raylm.corpus.plan import WORK, part_bytes
 from raylm.corpus.prepare import prepare
 from raylm.corpus.sources import _unit_bytes
-from raylm.errors import InputError
+from raylm.errors import ArtifactError, InputError
 from raylm.models import load_tokenizer
 from raylm.settings import Settings
 from raylm.storage import Manifest, StoragePath
@@ -223,6 +224,29 @@ def test_the_tokenizer_of_another_corpus_is_taken(tmp_path: Path) -> None:
     assert (artifact(tmp_path / "2") / "tokenizer/tokenizer.json").read_bytes() == (
         other / "tokenizer.json"
     ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "reason"),
+    [
+        ("ByT5Tokenizer", (), r"has no tokenizer\.json, .* corpus\.tokenizer\.start_from"),
+        ("MarianTokenizer", ("source.spm", "target.spm", "vocab.json"), "needs a package .* SentencePiece"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_taken_is_told_before_anything_is_done(
+    tmp_path: Path, name: str, files: tuple[str, ...], reason: str
+) -> None:
+    if name == "MarianTokenizer" and importlib.util.find_spec("sentencepiece"):
+        pytest.skip("sentencepiece is here")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    for file in files:
+        (model / file).write_text("{}")
+    source = write_jsonl(tmp_path / "a.jsonl", [document(1)])
+    with pytest.raises(ArtifactError, match=f"model {model}: .*{reason}"):
+        prepare(settings(tmp_path, documents=[source], tokenizer={"start_from": str(model)}))
+    assert not (artifact(tmp_path) / WORK).is_dir()
 
 
 # --------------------------------------------------------------------------------------- what is redone

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from raylm.corpus.plan import make_plan
+from raylm.corpus.plan import make_plan, plan_stream
 from raylm.corpus.prepare import prepare
 from raylm.errors import InputError, OutputError
 from raylm.lease import held
@@ -192,6 +192,14 @@ def test_how_cldr_is_split_follows_the_share_for_validation(small_settings: Sett
     assert set(same) == {"docstrings"} and {unit.kind for unit in after.units} == {"cldr", "docstrings"}
 
 
+def test_a_stream_needs_documents_and_its_preparation_none() -> None:
+    corpus = {"pairs": [{"type": "cldr", "to": "de", "rows": 100}]}
+    settings = Settings.model_validate({"corpus": corpus, "pretrain": {"stream": True}})
+    assert [unit.kind for unit in make_plan(settings).units] == ["cldr"]
+    with pytest.raises(InputError, match=r"corpus\.documents: pretrain\.stream reads documents, and none are named"):
+        plan_stream(settings)
+
+
 def test_nothing_left_is_an_error_with_reasons_and_no_artifact(tmp_path: Path, ray_cluster: None) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "short"}\n{"text": "12345"}\n')
     settings = Settings.model_validate(
@@ -303,7 +311,10 @@ def test_two_preparations_of_a_corpus_do_not_mix(ray_cluster: None, tmp_path: Pa
     assert not (root / "prepare.lock").is_file()
 
 
-def test_a_source_that_is_tested_is_not_learned_with_another_target(ray_cluster: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unique", ["pair", "target"])
+def test_a_source_that_is_tested_is_not_learned_with_another_target(
+    ray_cluster: None, tmp_path: Path, unique: str
+) -> None:
     rows = [{"source": f"Open window {n}", "target": f"Fenster {n} öffnen"} for n in range(60)]
     other = [{"source": f"Open window {n}", "target": f"Öffnen Sie Fenster {n}"} for n in range(20)]
     for name, content in (("learned", rows), ("tested", other)):
@@ -313,7 +324,8 @@ def test_a_source_that_is_tested_is_not_learned_with_another_target(ray_cluster:
         source | {"path": str(tmp_path / "learned.jsonl")},
         source | {"path": str(tmp_path / "tested.jsonl"), "split": "test"},
     ]
-    manifest = prepare(small(tmp_path, documents=[], pairs=pairs, keep_dropped=True))
+    options = {"dedup": {"pairs": unique}, "shard_mb": 0.002, "keep_dropped": True}  # in several parts
+    manifest = prepare(small(tmp_path, documents=[], pairs=pairs, **options))
     root = StoragePath(manifest.directory) / "pairs"
     sources = {split: set(read(root / split)["source"].to_pylist()) for split in ("train", "test")}
     assert not sources["train"] & sources["test"]

@@ -189,6 +189,15 @@ def test_text_and_csv_may_be_compressed(tmp_path: Path) -> None:
     assert values(table(place(tmp_path / "a.tsv.zst"))) == ["a\nb"]
 
 
+def test_suffixes_count_in_any_case(tmp_path: Path, catalog: Catalog) -> None:
+    (tmp_path / "A.TSV.GZ").write_bytes(gzip.compress(b"id\ttext\n1\ta, b\n"))
+    assert values(table(place(tmp_path / "A.TSV.GZ"))) == ["a, b"]
+    catalog.delete(("one", "many"))
+    with (tmp_path / "A.MO").open("wb") as stream:
+        write_mo(stream, catalog)
+    assert sorted(pairs(tmp_path / "A.MO")) == sorted(PAIRS)
+
+
 def test_a_huge_compressed_file_is_streamed(tmp_path: Path) -> None:
     import resource
 
@@ -216,6 +225,7 @@ def test_bad_json_lines_cost_themselves_alone(tmp_path: Path) -> None:
         b'{"text": "\xff"}',
         b'{"text": "\\ud800"}',
         b"[" * 100_000,
+        b'{"\\ud800": "x"}',
         b"",
         b'{"text": "\\ud83d\\ude00"}',
     ]
@@ -225,7 +235,8 @@ def test_bad_json_lines_cost_themselves_alone(tmp_path: Path) -> None:
     read = [row_texts(row, ["text"]) if isinstance(row, Row) else row for row in found]
     assert [row for row in read if isinstance(row, tuple)] == [("one",), ("😀",)]
     bad = [row for row in read if isinstance(row, Rejected)]
-    assert [row.position for row in bad] == starts[1:10]
+    assert [row.position for row in bad] == starts[1:11]
+    assert all((row.error + row.excerpt).encode() for row in bad), "no half of a surrogate pair is left"
     assert all(len(row.excerpt) <= 200 for row in bad)
     assert bad[0].excerpt == '{"text": '
     errors = [row.error.partition(":")[0] for row in bad]
@@ -239,6 +250,7 @@ def test_bad_json_lines_cost_themselves_alone(tmp_path: Path) -> None:
         "not UTF-8 text, see byte 10 of the line",
         "text",
         "not JSON",
+        "no 'text' among the line's keys",
     ]
 
 

@@ -27,7 +27,12 @@ def corpus(**values: object) -> CorpusSettings:
 def read(settings: CorpusSettings) -> list[Document | Pair | Rejected]:
     """What a worker reads: units travel as plain data."""
     units = [Unit(**json.loads(json.dumps(asdict(unit)))) for unit in plan_units(settings)]
-    return [record for unit in units for record in read_unit(unit)]
+    return records(settings, units)
+
+
+def records(settings: CorpusSettings, units: list[Unit]) -> list[Document | Pair | Rejected]:
+    sources = [*settings.documents, *settings.pairs]
+    return [record for unit in units for record in read_unit(unit, sources[unit.source])]
 
 
 def texts(settings: CorpusSettings) -> list[str]:
@@ -100,12 +105,13 @@ def test_many_small_files_share_units(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sources, "_MANY_FILES", 30)
     for number in range(31):
         (tmp_path / f"{number:02}.jsonl").write_text(f'{{"text": "{number}"}}\nbad\n')
-    units = plan_units(documents(type="jsonl", path=str(tmp_path)))
+    settings = documents(type="jsonl", path=str(tmp_path))
+    units = plan_units(settings)
     assert len(units) == 1
     assert units[0].origin == f"{tmp_path}/00.jsonl and 30 more"
-    records = list(read_unit(units[0]))
-    assert [record.text for record in records if isinstance(record, Document)] == [str(n) for n in range(31)]
-    bad = [record for record in records if isinstance(record, Rejected)]
+    found = records(settings, units)
+    assert [record.text for record in found if isinstance(record, Document)] == [str(n) for n in range(31)]
+    bad = [record for record in found if isinstance(record, Rejected)]
     assert [record.file for record in bad] == [str(tmp_path / f"{n:02}.jsonl") for n in range(31)]
     (tmp_path / "30.jsonl").unlink()
     assert len(plan_units(documents(type="jsonl", path=str(tmp_path)))) == 30
@@ -135,7 +141,8 @@ def test_units_stand_in_the_order_of_the_yaml_then_of_files_and_places(tmp_path:
     ]
     html, wsgiref = units[-2], next(unit for unit in units if unit.origin == "wsgiref")
     assert (wsgiref.documents, wsgiref.pairs, html.documents, html.pairs) == (True, True, False, True)
-    first = [record.text[:2] for unit in units if unit.source in (0, 2) for record in read_unit(unit)]  # type: ignore[union-attr]
+    found = records(settings, [unit for unit in units if unit.source in (0, 2)])
+    first = [record.text[:2] for record in found if isinstance(record, Document)]
     assert first == [f"{name}{n}" for name in "bab" for n in range(5)]
 
 
@@ -346,7 +353,7 @@ def test_evaluation_texts_that_cannot_be_read_are_an_error(tmp_path: Path) -> No
     ("name", "content", "source", "message"),
     [
         (None, None, {"type": "parquet"}, r"corpus.documents\[0\].path: .*: no such file"),
-        ("a.parquet", b"not parquet at all", {"type": "parquet"}, "a.parquet: not a readable parquet file"),
+        ("a.parquet", b"not parquet at all", {"type": "parquet"}, "a.parquet: not readable as parquet"),
         ("a.arrow", b"not arrow at all", {"type": "datasets"}, "a.arrow: not readable as an Arrow stream"),
         ("a.jsonl", b"", {"type": "jsonl"}, "a.jsonl: the file is empty"),
         ("a.csv", b"texts,b\n1,2\n", {"type": "csv"}, "no column 'text' among texts, b; did you mean 'texts'"),
@@ -373,11 +380,29 @@ def test_a_parquet_file_without_a_text_column_is_refused_before_anything_is_read
         plan_units(corpus(pairs=[source | {"source": "src", "target": "tgt"}]))
 
 
+def test_a_key_that_json_lines_lack_is_named_before_all_of_them_are_read(tmp_path: Path) -> None:
+    rows = [json.dumps({"texts": "one", "id": 1}), "no JSON"] * 200
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    with pytest.raises(InputError, match=r"a\.jsonl: no column 'text' among texts, id; did you mean 'texts'\?"):
+        plan_units(documents(type="jsonl", path=str(tmp_path)))
+    (tmp_path / "a.jsonl").write_text("\n".join([*rows[:190], '{"text": "two"}', *rows[190:]]))
+    assert texts(documents(type="jsonl", path=str(tmp_path))) == ["two"], "each row that lacks it costs itself alone"
+
+
 def test_unknown_packages_and_languages_are_named() -> None:
     with pytest.raises(InputError, match="docstrings of package 'no_such_package'"):
         plan_units(corpus(documents=[{"type": "docstrings", "packages": ["no_such_package"]}]))
     with pytest.raises(InputError, match=r"corpus.pairs\[0\].to: "):
         plan_units(corpus(pairs=[{"type": "cldr", "to": "germn"}]))
+
+
+def test_a_link_to_nowhere_in_a_package_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "linked_package").mkdir()
+    (tmp_path / "linked_package" / "__init__.py").write_text('"""What this package is for."""\n')
+    (tmp_path / "linked_package" / "gone.py").symlink_to(tmp_path / "nowhere.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    source = documents(type="docstrings", packages=["linked_package"])
+    assert texts(source) == ["What this package is for."]
 
 
 def test_a_file_is_scanned_for_its_cuts_once(

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raylm.errors import ArtifactError, InputError, OutputError, RaylmError
+from raylm.errors import ArtifactError, InputError, OutputError, RaylmError, SettingsError
 from raylm.inference import results, workers
 from raylm.inference.answers import Output
 from raylm.inference.batch import run_batch
@@ -290,6 +290,9 @@ def test_a_dry_run_foretells_and_writes_nothing(tmp_path: Path, model_directory:
     assert characters / 3 < manifest.counts["characters"] < characters * 3
     assert manifest.metrics["predicted_s"] > 0 and manifest.counts["output_tokens"] > 0
     assert [file.name for file in tmp_path.iterdir()] == ["t.parquet"]
+    with pytest.raises(SettingsError, match="a column is named for txt, but the prompt reads text"):
+        run_batch(ONE_WORKER, TRANSLATE, str(tmp_path / "t.parquet"), model=str(model_directory),
+                  columns={"txt": "text"}, dry_run=True)  # fmt: skip
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -301,10 +304,11 @@ def test_answers_are_checked_before_they_are_published(
     pq.write_table(pa.table({"text": texts, "same": texts, "other": texts[::-1]}), tmp_path / "t.parquet")
     source, model = str(tmp_path / "t.parquet"), str(model_directory)
 
-    def run(references: str, min_chrf: float) -> Manifest:
+    def run(references: str, min_chrf: float, overwrite: bool = False) -> Manifest:
         check = {"references": references, "min_chrf": min_chrf, "rows": 100}
         settings = Settings.model_validate({"batch": {"workers": 1, "check": check}})
-        return run_batch(settings, TRANSLATE, source, model=model, columns={"text": "text"})
+        asked: dict[str, Any] = {"model": model, "columns": {"text": "text"}, "overwrite": overwrite}
+        return run_batch(settings, TRANSLATE, source, **asked)
 
     with pytest.raises(InputError, match=r"t\.parquet: batch\.check\.references: there is no column 'absent'"):
         run("absent", 40)
@@ -313,12 +317,16 @@ def test_answers_are_checked_before_they_are_published(
     assert not (tmp_path / "t.translated.parquet").exists()
     manifest = run("same", 60)
     assert run("same", 50) == manifest, "it holds this as well"
-    with pytest.raises(RaylmError, match=r"min_chrf is 100; nothing is published"):
+    with pytest.raises(RaylmError, match=r"min_chrf is 100; the output was published before$"):
         run("same", 100)
     with pytest.raises(RaylmError, match=r"was done without this batch\.check; do it again with --overwrite"):
         run("other", 10)
     assert manifest.metrics["checked_chrf"] > 60 and manifest.metrics["checked_rows"] == 100
     assert manifest.metrics["chunks_reused"] == manifest.metrics["chunks"], "what was answered is not asked again"
+    assert run("same", 50, overwrite=True) == manifest, "what holds is not done again"
+    again = run("other", 0, overwrite=True)
+    assert again.metrics["checked_chrf"] < 60 and again.metrics["chunks_reused"] == 0
+    assert run("other", 0) == again
 
 
 # --------------------------------------------------------------------------------------------- faults

@@ -75,6 +75,17 @@ def test_answers_fill_the_gaps_and_are_fuzzy(catalog: Path) -> None:
     assert 'msgid "Open the file"\nmsgstr ""' in half, "a row with an error stays a gap"
 
 
+@pytest.mark.parametrize("charset", ["iso-8859-1", "ascii", "CHARSET"])
+def test_letters_are_written_that_the_encoding_of_the_catalog_lacks(catalog: Path, charset: str) -> None:
+    text = CATALOG.replace("utf-8", charset).replace("Schließen", "Zu" if charset == "ascii" else "Schließen")
+    catalog.write_text(text, encoding="utf-8" if charset == "CHARSET" else charset)
+    catalog.write_bytes(filled(StoragePath(str(catalog)), ["Otwórz „plik“", None]))
+    with catalog.open("rb") as file:
+        found = read_po(file)
+    assert found.get("Open the file").string == "Otwórz „plik“"
+    assert found.get("Close", "menu").string == ("Zu" if charset == "ascii" else "Schließen")
+
+
 @pytest.mark.parametrize(
     ("plural", "expected"),
     [

@@ -207,18 +207,20 @@ def test_a_batch_job_outlives_replicas(
     assert same >= 1_990, "batches of another make may round otherwise"
 
 
-def test_a_batch_job_does_not_mix_models(
-    started: Callable[..., str], tmp_path: Path, sentences: list[str], another_model: Path
+def test_a_batch_job_does_not_mix_models_or_ways_to_decode(
+    started: Callable[..., str], model_directory: Path, another_model: Path
 ) -> None:
     from raylm.inference.service.client import ServiceClient
 
     started()
-    client = ServiceClient.connect(None)
-    prompt = client.prompt_for(TRANSLATE, None, None, None, None)
-    assert client.answer([("Find",)], prompt)[0].error is None
-    start_service(settings(), str(another_model), is_update=True)
-    with pytest.raises(RaylmError, match="the service was given another model meanwhile: .*other"):
-        client.answer([("Find",)], prompt)
+    changed = r"another model or other decode settings meanwhile: it hosts .*"
+    for decode, model in ({"max_output_tokens": 5}, model_directory), ({}, another_model):
+        client = ServiceClient.connect(None)
+        prompt = client.prompt_for(TRANSLATE, None, None, None, None)
+        assert client.answer([("Find",)], prompt)[0].error is None
+        start_service(settings(decode=DECODE | decode), str(model), is_update=True)
+        with pytest.raises(RaylmError, match=changed + model.name):
+            client.answer([("Find",)], prompt)
 
 
 def test_the_file_for_serve_deploy_is_one(model_directory: Path, ray_cluster: None) -> None:

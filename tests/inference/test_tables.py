@@ -111,6 +111,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', r"a\.jsonl: line 3: not JSON"),
         ("a.jsonl", b'["a"]\n', "line 1: holds a JSON array; an object is expected"),
         ("a.jsonl", b'{"text": "\xff"}\n', "line 1: not UTF-8"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, "line 1: JSON that is nested too deeply"),
         ("a.jsonl", b"\n \n", "no rows"),
         ("a.csv", b"text,id\na,1\nb,2,3\n", "not readable as CSV: .*Expected 2 columns, got 3"),
         ("a.csv", b"text,text\na,1\n", "names a column twice: text"),
@@ -205,6 +206,20 @@ def test_files_of_one_table_have_the_same_columns(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_arrow_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "t.arrow").write_bytes(b"nothing of the kind")
+    with pytest.raises(InputError, match=r"t\.arrow: not readable as an Arrow IPC file: "):
+        opened(tmp_path / "t.arrow", tmp_path / "work")
+
+
+@pytest.mark.parametrize("kind", [pa.ipc.new_file, pa.ipc.new_stream])
+def test_arrow_files_of_both_formats_are_read_and_damaged_ones_named(tmp_path: Path, kind: Any) -> None:
+    table = pa.table({"text": [f"text {n}" for n in range(3_000)]})
+    with kind(str(tmp_path / "t.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=700)
+    found = opened(tmp_path / "t.arrow", tmp_path / "work")
+    assert found.rows == 3_000 and found.columns == table.schema
+    assert read_fields(found, ["text"], 1_500, 1_502).values == [("text 1500",), ("text 1501",)]
+    content = (tmp_path / "t.arrow").read_bytes()
+    (tmp_path / "t.arrow").write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match=r"t\.arrow: not readable as an Arrow IPC file: "):
         opened(tmp_path / "t.arrow", tmp_path / "work")
 
@@ -327,6 +342,21 @@ def test_json_lines_keep_keys_numbers_and_nesting(tmp_path: Path) -> None:
     assert "ü" in out[0] and list(json.loads(out[1]))[:2] == ["big", "text"]
 
 
+@pytest.mark.parametrize("floats_first", [True, False])
+def test_large_integers_beside_floating_point_numbers_stay_what_they_are(tmp_path: Path, floats_first: bool) -> None:
+    large: dict[str, Any] = {"n": 2**53 + 1, "deep": {"a": [2**60], "b": 1.5}, "id": 2**60, "small": 1}
+    other: dict[str, Any] = {"n": 0.5, "deep": {"a": [0.5], "b": 1.5}, "id": 1, "small": 0.5}
+    rows = [large] * PREPARED_ROWS + [other] * PREPARED_ROWS
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (rows[::-1] if floats_first else rows)))
+    table = pq.read_table(written(opened(tmp_path / "a.jsonl", tmp_path), tmp_path / "out.parquet", "parquet"))
+    found = sorted(table.to_pylist(), key=lambda row: row["id"])
+    assert [(row["n"], row["id"], row["small"]) for row in (found[0], found[-1])] == [
+        ("0.5", 1, 0.5),
+        (str(2**53 + 1), 2**60, 1.0),
+    ]
+    assert json.loads(found[-1]["deep"]) == large["deep"]
+
+
 def test_json_lines_become_parquet(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"text": "a", "n": 1, "mixed": 1, "tags": [], "none": {}} for _ in range(PREPARED_ROWS)
@@ -405,3 +435,14 @@ def test_an_output_that_is_an_input_is_refused(tmp_path: Path) -> None:
     pattern = str(tmp_path / "in" / "*.csv")
     with pytest.raises(OutputError, match=r"would replace its input .*a\.csv"):
         output_place(pattern, list_inputs(pattern), TRANSLATE, str(tmp_path / "in"))
+
+
+def test_an_output_that_the_next_run_would_take_for_input_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "a.csv").write_text("text\none\n")
+    pattern = str(tmp_path / "**" / "*.csv")
+    files = list_inputs(pattern)
+    with pytest.raises(OutputError, match=rf"\*\.csv names {tmp_path}/out/a\.csv as well"):
+        output_place(pattern, files, TRANSLATE, str(tmp_path / "out"))
+    for output in (tmp_path / "_out", tmp_path.parent / f"{tmp_path.name}-out"):
+        assert output_place(pattern, files, TRANSLATE, str(output)).path == str(output)

@@ -47,7 +47,8 @@ class Tokenizer:
         self._before = [number for number in around if number not in self.ends]
         self._has_end = self.ends[0] in around
         self._frames: dict[Prompt, tuple[list[int], list[int]]] = {}
-        self._chats: dict[Prompt, tuple[str, str]] = {}
+        self._chats: dict[str | None, tuple[str, str]] = {}
+        """By the system message."""
 
     def encode(self, prompt: Prompt, fields: Fields, room: int) -> tuple[list[int], bool] | None:
         """The ids of a row and whether some of its text was cut away to fit; None where that is no valid Unicode.
@@ -162,8 +163,7 @@ class Tokenizer:
 
     def _chat(self, prompt: Prompt) -> tuple[str, str]:
         """What the model's chat template puts before and behind the user's message."""
-        key = Prompt(prompt.task, system=prompt.system)
-        if key not in self._chats:
+        if prompt.system not in self._chats:
             messages = [{"role": "user", "content": _MARK}]
             if prompt.system is not None:
                 messages.insert(0, {"role": "system", "content": prompt.system})
@@ -173,17 +173,13 @@ class Tokenizer:
                 reason = first_line(error)
                 raise ArtifactError(f"model {self._model.where}: its chat template fails: {reason}") from error
             before, _, after = text.partition(_MARK)
-            self._chats[key] = before, after
-        return self._chats[key]
+            self._chats[prompt.system] = before, after
+        return self._chats[prompt.system]
 
     def _of_transformers(self) -> Any:
         from raylm.models import load_tokenizer
 
-        try:
-            return load_tokenizer(str(self._model.directory))
-        except ImportError as error:
-            reason = " ".join(str(error).split())
-            raise ArtifactError(f"model {self._model.where}: its tokenizer needs a package: {reason}") from error
+        return load_tokenizer(str(self._model.directory))
 
     @property
     def _puts_code_last(self) -> bool:

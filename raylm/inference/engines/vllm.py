@@ -17,7 +17,7 @@ from raylm.settings import DecodeSettings
 from raylm.storage import fingerprint
 
 _ROWS_AT_ONCE = 256
-_DTYPES = {"auto": "auto", "float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
+_DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 class VllmEngine(TextEngine):
@@ -114,7 +114,7 @@ def load_arguments(model: ModelInfo, settings: DecodeSettings, gpus: int) -> dic
         )
     return {
         "model": str(model.directory),
-        "dtype": _DTYPES[settings.compute_type],
+        "dtype": settings.compute_type,
         "tensor_parallel_size": gpus,
         "max_model_len": sum(model.limits(settings)),  # the cache of keys and values has to hold one such row
         "seed": settings.seed,

@@ -38,6 +38,8 @@ class ServiceClient:
 
     model: ModelInfo
     decode: DecodeSettings
+    fingerprint: str
+    """Of the model and how it decodes."""
     _handle: DeploymentHandle
     _suspects: threading.Lock = field(default_factory=threading.Lock)
     """Held while rows are asked about that may have stopped a replica: what dies then dies of them."""
@@ -69,7 +71,7 @@ class ServiceClient:
                     f" ({wanted.fingerprint}); leave --model out, or serve that one"
                 )
             served = replace(served, uri=model)
-        return cls(served, DecodeSettings.model_validate(described["decode"]), handle)
+        return cls(served, DecodeSettings.model_validate(described["decode"]), described["fingerprint"], handle)
 
     def prompt_for(self, task: Task, *asked: str | None) -> Prompt:
         """`prompt_for` with the service's model."""
@@ -79,7 +81,7 @@ class ServiceClient:
     def answer(self, rows: Sequence[Row], prompt: Prompt) -> list[Output]:
         """The outputs of rows; a row that stops replicas has an error.
 
-        :raises RaylmError: the service stays away, or was given another model.
+        :raises RaylmError: the service stays away, or was given another model or other decode settings.
         """
         try:
             return self._ask(rows, prompt)
@@ -99,9 +101,7 @@ class ServiceClient:
         return self._ask_alone(rows[:middle], prompt) + self._ask_alone(rows[middle:], prompt)
 
     def _ask(self, rows: Sequence[Row], prompt: Prompt) -> list[Output]:
-        outputs: list[Output] = _patiently(
-            lambda: self._handle.answer.remote(list(rows), prompt, self.model.fingerprint)
-        )
+        outputs: list[Output] = _patiently(lambda: self._handle.answer.remote(list(rows), prompt, self.fingerprint))
         return outputs
 
 

@@ -27,6 +27,7 @@ from raylm.inference.service.questions import Pieces, Question, Refusal, Reply, 
 from raylm.inference.service.replicas import OPEN
 from raylm.inference.service.turns import Turns
 from raylm.settings import DecodeSettings, ServeSettings
+from raylm.storage import fingerprint
 from raylm.tasks import TASKS
 
 _PROMPTS = 256
@@ -62,6 +63,7 @@ class ModelHost:
         self._model = ModelInfo.load(model)
         self._batch_tokens = min(settings.max_batch_tokens, settings.decode.batch_tokens_on(device))
         self._decode = settings.decode.model_copy(update={"batch_tokens": self._batch_tokens})
+        self._fingerprint = fingerprint([self._model.fingerprint, self._decode.model_dump(exclude={"batch_tokens"})])
         engine = load_engine(self._model, settings.decode, device, settings.threads)
         self._turns, self._turn_limit_s = Turns(settings.batch_share), settings.row_limit_s
         self._online = engine.view(self._decode, self._turns.online)
@@ -207,16 +209,16 @@ class ModelHost:
 
     # -------------------------------------------------------------------------------------- batch jobs
 
-    async def answer(self, rows: Sequence[Row], prompt: Prompt, fingerprint: str) -> list[Output]:
+    async def answer(self, rows: Sequence[Row], prompt: Prompt, wanted: str) -> list[Output]:
         """`answer_rows` for a batch job, in turn with online requests.
 
-        :param fingerprint: of the model that the job began with.
-        :raises RaylmError: this is another model.
+        :param wanted: the fingerprint that the job began with, as `describe` gave it.
+        :raises RaylmError: this is another model, or it decodes otherwise.
         """
-        if fingerprint != self._model.fingerprint:
+        if wanted != self._fingerprint:
             raise RaylmError(
-                f"the service was given another model meanwhile: {self._model.where}"
-                f" ({self._model.fingerprint}); what is done is kept for the one before ({fingerprint})"
+                "the service was given another model or other decode settings meanwhile: it hosts"
+                f" {self._model.where} ({self._model.fingerprint}); what is done is kept for those before"
             )
         loop = asyncio.get_running_loop()
         answer = partial(answer_each, partial(answer_rows, self._bulk), rows, prompt)
@@ -230,9 +232,10 @@ class ModelHost:
         return prompt_for(self._model, TASKS[task], *asked)
 
     async def describe(self) -> dict[str, Any]:
-        """The model, how it decodes, and the process that said so."""
+        """The model, how it decodes, the fingerprint of both, and the process that said so."""
         model = asdict(self._model) | {"directory": str(self._model.directory)}
-        return {"model": model, "decode": self._decode.model_dump(), "pid": os.getpid()}
+        decode = self._decode.model_dump()
+        return {"model": model, "decode": decode, "fingerprint": self._fingerprint, "pid": os.getpid()}
 
     async def check_health(self) -> None:
         """Asked by Ray Serve, which replaces a replica that has no answer to it.
