@@ -71,6 +71,18 @@ def test_an_unknown_key_is_one_line(tmp_path: Path) -> None:
     assert_one_line_error(run("export", "--set", "storag=/tmp"), "'storag'", "'storage'")
 
 
+def test_options_of_a_script_are_refused_before_it(tmp_path: Path) -> None:
+    (tmp_path / "more.yaml").write_text("pretrain: {steps: 7}")
+    away = ("--address", "http://127.0.0.1:9")
+    for option in (("--set", "pretrain.steps=7"), ("--with", f"{tmp_path}/more.yaml")):
+        told = (f"{' '.join(option)}: is not for this command", "write it behind jobs/pretrain.py")
+        assert_one_line_error(run("submit", *away, *option, "jobs/pretrain.py"), *told)
+    own = run("submit", *away, "--set", "job.retries=2", "jobs/pretrain.py", "--set", "pretrain.steps=7")
+    assert_one_line_error(own, "there is no cluster at http://127.0.0.1:9")
+    late = run("run", f"{tmp_path}/more.yaml", "--set", "pretrain.steps=7", "jobs/pretrain.py")
+    assert_one_line_error(late, "--set pretrain.steps=7: is not for this command; write it behind the script")
+
+
 def test_stages_that_lack_their_input_say_what_to_run(tmp_path: Path) -> None:
     storage = f"storage={tmp_path}"
     assert_one_line_error(run("evaluate", "--set", storage), "not prepared", "raylm prepare")
