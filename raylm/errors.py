@@ -30,6 +30,10 @@ class OutputError(RaylmError):
     """A place to write to is read-only, full or already taken."""
 
 
+class StoreError(RaylmError, OSError):
+    """A storage does not answer, or not this user. It may the next time: what tries again on an OSError does so."""
+
+
 class TrainingError(RaylmError):
     """Training cannot start or go on: too few workers, a diverged loss, a failed worker group."""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from raylm.capacity import is_of, machines
-from raylm.errors import RaylmError, TrainingError
+from raylm.errors import RaylmError, StoreError, TrainingError
 from raylm.progress import Progress
 from raylm.settings import FinetuneSettings, PretrainSettings, Topology
 from raylm.storage import StoragePath
@@ -286,8 +286,9 @@ def _worker(config: dict[str, Any]) -> None:
     try:
         is_finished = train_worker(job, report, Attention(relay if leads else None))
     except RaylmError as error:
-        # Trying again would come to the same end. Raised all the same: the other workers are waiting for this one.
-        ray.get(relay.fail.remote(str(error)))
+        if not isinstance(error, StoreError):
+            # Trying again would come to the same end. Raised all the same: the other workers are waiting for this one.
+            ray.get(relay.fail.remote(str(error)))
         raise
     if leads and is_finished:
         ray.get(relay.finish.remote())
