@@ -12,6 +12,7 @@ from raylm.settings import FinetuneSettings, PretrainSettings, Settings, problem
 from raylm.storage import StoragePath
 from raylm.summary import size
 from raylm.training.examples import step_sequences
+from raylm.training.groups import automatic_workers
 
 OURS = ("metadata", "raylm")
 _ELSEWHERE = (*CLOUDS, "kuberay")
@@ -128,9 +129,11 @@ def _steps(cluster: ClusterFile, settings: Settings, pools: Sequence[Pool]) -> I
 
 
 def widest(training: PretrainSettings | FinetuneSettings, pools: Sequence[Pool]) -> int:
-    """The most workers that may train: one for each GPU where the settings do not say."""
+    """The most workers that may train; of machines whose CPUs are not known, one where the settings do not say."""
     if training.workers == "auto":
-        return max(gpus_in(pools), 1)
+        gpus, cpus = gpus_in(pools), cpus_in(pools)
+        for_data = int(isinstance(training, PretrainSettings) and training.stream)
+        return automatic_workers(gpus, gpus if cpus is None else cpus - for_data)
     return training.workers[1] if isinstance(training.workers, tuple) else training.workers
 
 

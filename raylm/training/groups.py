@@ -75,7 +75,7 @@ def choose_width(
     gpus, cpus = sum(machines("GPU", topology)), sum(machines("CPU", topology))
     have = min(gpus, cpus - cpus_for_data) if gpus else cpus - cpus_for_data
     if training.workers == "auto":
-        least = most = max(have if gpus else min(have // _CPUS_A_WORKER, _MOST_CPU_WORKERS), 1)
+        least = most = automatic_workers(gpus, cpus - cpus_for_data)
     elif isinstance(training.workers, tuple):
         least, most = training.workers
     else:
@@ -90,6 +90,11 @@ def choose_width(
     is_elastic = least < most
     each = 1 if gpus or is_elastic else _cpus_each(machines("CPU", topology), least, cpus_for_data)
     return Width(least, most, bool(gpus), each)
+
+
+def automatic_workers(gpus: int, cpus: int) -> int:
+    """How many workers train where the settings do not say: one for each GPU, else one for every few CPUs."""
+    return max(min(gpus, cpus) if gpus else min(cpus // _CPUS_A_WORKER, _MOST_CPU_WORKERS), 1)
 
 
 def _cpus_each(machines: Sequence[int], workers: int, cpus_for_data: int) -> int:

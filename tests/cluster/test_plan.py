@@ -11,6 +11,7 @@ import yaml
 from click.testing import CliRunner
 
 from raylm.cli import main
+from raylm.cluster.check import check
 from raylm.cluster.machines import L4
 from raylm.cluster.plan import MODEL_FLOPS_UTILISATION, Job, plan
 from raylm.settings import Settings
@@ -61,6 +62,26 @@ def test_what_is_not_known_is_not_told(tmp_path: Path) -> None:
     assert batch.machines == {"gpu-spot": 4, "gpu-on-demand": 2}
     [local] = {job.hourly for job in plan(CLUSTERS / "local.yaml")}
     assert local is None  # no prices
+
+
+def test_machines_without_gpus_train_as_wide_as_they_will(tmp_path: Path) -> None:
+    path, widths = tmp_path / "cluster.yaml", []
+    for cpus in (2, 4, 16):  # of each of three machines
+        values = yaml.safe_load((CLUSTERS / "local.yaml").read_text())
+        for node_type in values["available_node_types"].values():
+            node_type["resources"]["CPU"] = cpus
+        path.write_text(yaml.safe_dump(values))
+        widths.append([stage.workers for stage in plan(path) if stage.stage == "pretrain"])
+    assert widths == [[1], [3], [4]]
+    values["metadata"]["raylm"]["pretrain"]["stream"] = True
+    values["available_node_types"]["head"]["resources"]["CPU"] = 0
+    values["available_node_types"]["worker"]["resources"]["CPU"] = 8
+    path.write_text(yaml.safe_dump(values))
+    assert next(stage.workers for stage in plan(path) if stage.stage == "pretrain") == 3, "a CPU is left to Ray Data"
+    values["available_node_types"]["head"]["resources"]["CPU"] = 16
+    values["metadata"]["raylm"]["pretrain"]["global_batch_tokens"] = 34 * 32
+    path.write_text(yaml.safe_dump(values))
+    assert ["do not divide by 4 workers" in finding.why for finding in check([path])] == [True]
 
 
 def test_the_command_prints_a_table_and_json() -> None:
