@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 _TOKEN = Path("~/.ray/auth_token")
 _OUT_OF_REACH_S = 3_600.0
 """How long a cluster that was made for a job may not answer: the line to it may be down, while the job goes on."""
+_LOGS_S = 600.0
+"""How long the end of a cluster waits for its logs."""
 _AGAIN_S = (10, 60)
 """Between tries to end a cluster."""
 _SSH = (
@@ -177,14 +180,25 @@ def _keep_output(log: StoragePath, printed: Sequence[str], note: Callable[[str],
 def _keep_logs(
     client: JobSubmissionClient, submission_id: str, settings: JobSettings, note: Callable[[str], None]
 ) -> None:
-    """Let the cluster itself bring its logs to storage; that it cannot is said, and fails nothing."""
+    """Let the cluster itself bring its logs to storage, in one try; that it cannot is said, and fails nothing."""
     said: list[str] = []
-    try:
-        ended = submit(client, "jobs/collect_logs.py", ["--name", submission_id], settings, said.append, said.append)
-        if ended.exit_code:
-            note(f"the machines' logs are lost: {' '.join(''.join(said).split())[-500:]}")
-    except RaylmError as error:
-        note(f"the machines' logs are lost: {error}")
+    lost = [f"not collected within {_LOGS_S:.0f} s"]
+    once = settings.model_copy(update={"retries": 0})
+
+    def collect() -> None:
+        try:
+            ended = submit(client, "jobs/collect_logs.py", ["--name", submission_id], once, said.append, said.append)
+        except RaylmError as error:
+            lost[0] = str(error)
+        else:
+            lost[0] = " ".join("".join(said).split())[-500:] if ended.exit_code else ""
+
+    # Nothing that the cluster does, or does not do, is to keep its machines from being ended.
+    collecting = threading.Thread(target=collect, daemon=True)
+    collecting.start()
+    collecting.join(_LOGS_S)
+    if lost[0]:
+        note(f"the machines' logs are lost: {lost[0]}")
 
 
 def _stop_ray(cluster: ClusterFile) -> None:
