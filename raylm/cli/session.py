@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from raylm.auth import ensure_token
+from raylm.auth import ensure_token, not_let_in
 from raylm.capacity import NODE_IP
 from raylm.errors import RaylmError
 
@@ -43,11 +43,13 @@ def ray_session(join: bool = False, with_service: bool = False) -> Iterator[None
     if ray.is_initialized():
         yield
         return
+    where = f"at {address}" if address not in (None, "", "auto") else "on this machine"
     try:
         ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False, **_own_machine())
     except ConnectionError as error:
-        where = f"at {address}" if address != "auto" else "on this machine"
         raise RaylmError(f"there is no running Ray {where}: {str(error).splitlines()[0]}") from error
+    except ray.exceptions.AuthenticationError as error:
+        raise not_let_in(f"Ray {where}", error) from error
     _hush_ray_data()
     try:
         yield
