@@ -126,6 +126,20 @@ def test_a_failing_command_exits_with_one_and_no_trace(tmp_path: Path, environme
     assert (tmp_path / ".cache" / "raylm" / "ray_token").stat().st_mode & 0o777 == 0o600
 
 
+def test_the_address_of_a_ray_that_is_gone_is_told(tmp_path: Path, environment: dict[str, str]) -> None:
+    left = tmp_path / "ray" / "ray_current_cluster"
+    left.parent.mkdir()
+    left.write_text("127.0.0.1:9")
+    del environment["RAY_ADDRESS"]
+    found = subprocess.run(
+        [sys.executable, "-m", "raylm", "prepare", "--set", f"storage={tmp_path}"], capture_output=True, text=True,
+        timeout=120, env=environment | {"RAY_TMPDIR": str(tmp_path)}, check=False,
+    )  # fmt: skip
+    assert found.returncode == 1 and "Traceback" not in found.stderr
+    said = f"raylm: error: there is no running Ray at 127.0.0.1:9, which the last `ray start` has left in {left}: "
+    assert said in found.stderr and "RAY_ADDRESS=local raylm" in found.stderr
+
+
 @pytest.mark.parametrize("command", ["prepare", "pretrain", "finetune"])
 def test_a_storage_that_cannot_be_written_is_one_line(tmp_path: Path, ray_cluster: None, command: str) -> None:
     (tmp_path / "file").write_text("")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ _HELPERS = {
     "_dataset_stats_actor", "_dataset_stats_summary_actor",
 }  # fmt: skip
 """The namespaces of Ray Data's detached actors."""
+_CONNECT_TIMEOUT_S = 5.0
 
 
 @contextmanager
@@ -43,6 +45,8 @@ def ray_session(join: bool = False, with_service: bool = False) -> Iterator[None
     if ray.is_initialized():
         yield
         return
+    if not address:
+        _check_left_address()
     where = f"at {address}" if address not in (None, "", "auto") else "on this machine"
     try:
         ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False, **_own_machine())
@@ -57,6 +61,27 @@ def ray_session(join: bool = False, with_service: bool = False) -> Iterator[None
         if address:
             _leave_nothing()
         ray.shutdown()
+
+
+def _check_left_address() -> None:
+    """Refuse the address of a Ray that has ended without a word; Ray itself would wait for it for minutes.
+
+    :raises RaylmError: nobody answers at the address that the last `ray start` has left on this machine.
+    """
+    from ray._common.utils import get_ray_address_file
+    from ray._private.utils import read_ray_address
+
+    left = read_ray_address()
+    if not left:
+        return
+    host, _, port = left.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        raise RaylmError(
+            f"there is no running Ray at {left}, which the last `ray start` has left in {get_ray_address_file(None)}:"
+            " remove that file, or say RAY_ADDRESS=local raylm …"
+        ) from error
 
 
 def _leave_nothing() -> None:
