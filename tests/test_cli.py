@@ -71,6 +71,19 @@ def test_an_unknown_key_is_one_line(tmp_path: Path) -> None:
     assert_one_line_error(run("export", "--set", "storag=/tmp"), "'storag'", "'storage'")
 
 
+def test_a_file_that_is_missing_is_not_blamed_on_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = f"{tmp_path}/absent.yaml"
+    commands = (
+        ["run", absent, "jobs/prepare.py"],
+        ["render", "--to", "crontab", absent],
+        ["export", "--cluster", absent],
+    )
+    for command in commands:
+        assert run(*command).stderr == f"raylm: error: there is no file {absent}\n"
+    monkeypatch.setenv("RAYLM_CLUSTER", absent)
+    assert run("export").stderr == f"raylm: error: $RAYLM_CLUSTER: there is no file {absent}\n"
+
+
 def test_options_of_a_script_are_refused_before_it(tmp_path: Path) -> None:
     (tmp_path / "more.yaml").write_text("pretrain: {steps: 7}")
     away = ("--address", "http://127.0.0.1:9")
