@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from raylm.cluster.file import CLOUDS, OWN_PROVIDERS, ClusterFile, Finding, Key
 from raylm.cluster.pools import Pool, Stage, cpus_in, estimate, gpus_in, pools_of
-from raylm.errors import RaylmError, nearest
+from raylm.errors import RaylmError, remedy_for
 from raylm.prices import OTHER
 from raylm.settings import FinetuneSettings, PretrainSettings, Settings, problems
 from raylm.storage import StoragePath
@@ -62,8 +62,7 @@ def _spot(cluster: ClusterFile, settings: Settings, pools: Sequence[Pool]) -> It
     for spot, on_demand in settings.spot.fallback.items():
         for name in (spot, on_demand):
             if name not in by_name:
-                near = nearest(name, by_name)
-                remedy = f"did you mean '{near}'?" if near else f"known: {', '.join(sorted(by_name))}"
+                remedy = remedy_for(name, by_name, f"known: {', '.join(sorted(by_name))}")
                 yield cluster.error((*key, spot), f"there is no node type '{name}'", remedy)
         if not (first := by_name.get(spot)) or not (second := by_name.get(on_demand)):
             continue

@@ -13,14 +13,14 @@ from click.testing import CliRunner
 from raylm.cli import main
 from raylm.cluster.check import check
 from raylm.cluster.machines import L4
-from raylm.cluster.plan import MODEL_FLOPS_UTILISATION, Job, plan
+from raylm.cluster.plan import MODEL_FLOPS_UTILISATION, StagePlan, plan
 from raylm.settings import Settings
 from raylm.training.estimate import dry_run
 
 CLUSTERS = Path(__file__).parents[2] / "clusters"
 
 
-def planned(path: Path, **ours: dict[str, Any]) -> list[Job]:
+def planned(path: Path, **ours: dict[str, Any]) -> list[StagePlan]:
     """The plan of the AWS file with other values in some sections."""
     values = yaml.safe_load((CLUSTERS / "aws.yaml").read_text())
     for section, update in ours.items():
@@ -95,7 +95,8 @@ def test_the_command_prints_a_table_and_json() -> None:
 
 def test_a_file_that_asks_for_nothing_known_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
-    path.write_text("cluster_name: x\nmetadata: {raylm: {pretrian: {}}}\n")
-    found = CliRunner().invoke(main, ["cluster", "plan", str(path)])
-    assert found.exit_code == 1
-    assert "metadata.raylm.pretrian: unknown key; did you mean 'pretrain'?" in found.output
+    for key, remedy in (("pretrian", "did you mean 'pretrain'?"), ("qqq", "take it out")):
+        path.write_text(f"cluster_name: x\nmetadata: {{raylm: {{{key}: {{}}}}}}\n")
+        found = CliRunner().invoke(main, ["cluster", "plan", str(path)])
+        assert found.exit_code == 1
+        assert f"metadata.raylm.{key}: unknown key; {remedy}\n" in found.output
