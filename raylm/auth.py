@@ -6,6 +6,8 @@ import os
 import secrets
 from pathlib import Path
 
+from raylm.errors import RaylmError, first_line
+
 
 def ensure_token(path: Path) -> None:
     """Make a token that only this user can read, where there is none."""
@@ -14,3 +16,12 @@ def ensure_token(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", opener=lambda place, flags: os.open(place, flags, 0o600)) as file:
         file.write(secrets.token_hex(32))
+
+
+def not_let_in(where: str, error: Exception) -> RaylmError:
+    """The error of a cluster that was shown no token, or not its own."""
+    said = first_line(error).rstrip(".")
+    return RaylmError(
+        f"{where}: {said}; the cluster's token is looked for in $RAY_AUTH_TOKEN, in the file $RAY_AUTH_TOKEN_PATH and"
+        " in ~/.ray/auth_token"
+    )

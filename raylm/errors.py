@@ -30,6 +30,10 @@ class OutputError(RaylmError):
     """A place to write to is read-only, full or already taken."""
 
 
+class StoreError(RaylmError, OSError):
+    """A storage does not answer, or not this user. It may the next time: what tries again on an OSError does so."""
+
+
 class TrainingError(RaylmError):
     """Training cannot start or go on: too few workers, a diverged loss, a failed worker group."""
 
@@ -39,10 +43,16 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
 
 
+def remedy_for(name: str, known: Iterable[str], otherwise: str) -> str:
+    """What to say of a name that is not known: the one that is near, or what else would be right."""
+    near = nearest(name, known)
+    return f"did you mean '{near}'?" if near else otherwise
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a message about a name that is not known: empty where none is near."""
-    near = nearest(name, known)
-    return f"; did you mean '{near}'?" if near else ""
+    remedy = remedy_for(name, known, "")
+    return f"; {remedy}" if remedy else ""
 
 
 def first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ import urllib.parse
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -25,7 +25,7 @@ import xxhash
 from pyarrow import fs
 
 from raylm import __version__
-from raylm.errors import ArtifactError, InputError, OutputError, first_line
+from raylm.errors import ArtifactError, InputError, OutputError, StoreError, first_line
 
 MANIFEST = "manifest.json"
 _MEND = "delete this file, and make the artifact anew"
@@ -142,7 +142,12 @@ class StoragePath:
     # ------------------------------------------------------------------------------------- looking
 
     def info(self) -> fs.FileInfo:
-        return self.filesystem.get_file_info(self.path)
+        """What is here, if anything.
+
+        :raises StoreError: the storage does not say.
+        """
+        with _answering(self):
+            return self.filesystem.get_file_info(self.path)
 
     def is_file(self) -> bool:
         return bool(self.info().type == fs.FileType.File)
@@ -151,12 +156,16 @@ class StoragePath:
         return bool(self.info().type == fs.FileType.Directory)
 
     def list(self, recursive: bool = False) -> list[tuple[StoragePath, fs.FileInfo]]:
-        """The entries of this directory in the order of their paths; empty where there is no directory."""
+        """The entries of this directory in the order of their paths; empty where there is no directory.
+
+        :raises StoreError: the storage does not say.
+        """
         selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
-        try:
-            found = self.filesystem.get_file_info(selector)
-        except FileNotFoundError:  # it was not there when Arrow listed it, and was when it looked why
-            found = self.filesystem.get_file_info(selector)
+        with _answering(self):
+            try:
+                found = self.filesystem.get_file_info(selector)
+            except FileNotFoundError:  # it was not there when Arrow listed it, and was when it looked why
+                found = self.filesystem.get_file_info(selector)
         infos = sorted(found, key=lambda info: info.path)
         root = self.path.rstrip("/")
         return [(self / info.path[len(root) + 1 :], info) for info in infos]
@@ -164,7 +173,12 @@ class StoragePath:
     # ----------------------------------------------------------------------------- reading, writing
 
     def read_bytes(self) -> bytes:
-        with self.filesystem.open_input_stream(self.path) as stream:
+        """The whole file.
+
+        :raises FileNotFoundError: there is none.
+        :raises StoreError: it cannot be read.
+        """
+        with _answering(self), self.filesystem.open_input_stream(self.path) as stream:
             return bytes(stream.read())
 
     def read_json(self) -> Any:
@@ -279,6 +293,19 @@ class StoragePath:
             while block := source.read(_COPY_BYTES):
                 digest.update(block)
         return digest.hexdigest()
+
+
+@contextmanager
+def _answering(place: StoragePath) -> Iterator[None]:
+    """Name the place of which a filesystem does not tell; a file that is not there is told as ever."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        told = StoreError(f"{place}: cannot be looked at: {reason(error)}; mend the path, or get the right to read it")
+        told.errno = error.errno
+        raise told from error
 
 
 class AtomicWriter:
@@ -455,7 +482,9 @@ def find_files(pattern: str, suffixes: tuple[str, ...]) -> Iterator[tuple[Storag
             base = base.parent
         deep = len(parts) > globs[0] + 1 or "**" in parts[-1]
         selector = fs.FileSelector(folder, recursive=deep, allow_not_found=True)
-        for match in sorted(place.filesystem.get_file_info(selector), key=lambda entry: entry.path):
+        with _answering(base):
+            matches = base.filesystem.get_file_info(selector)
+        for match in sorted(matches, key=lambda entry: entry.path):
             if match.type == fs.FileType.File and is_named(match.path, place.path):
                 yield base / match.path[len(folder.rstrip("/")) + 1 :], match
 

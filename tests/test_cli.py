@@ -71,6 +71,31 @@ def test_an_unknown_key_is_one_line(tmp_path: Path) -> None:
     assert_one_line_error(run("export", "--set", "storag=/tmp"), "'storag'", "'storage'")
 
 
+def test_a_file_that_is_missing_is_not_blamed_on_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = f"{tmp_path}/absent.yaml"
+    commands = (
+        ["run", absent, "jobs/prepare.py"],
+        ["render", "--to", "crontab", absent],
+        ["export", "--cluster", absent],
+    )
+    for command in commands:
+        assert run(*command).stderr == f"raylm: error: there is no file {absent}\n"
+    monkeypatch.setenv("RAYLM_CLUSTER", absent)
+    assert run("export").stderr == f"raylm: error: $RAYLM_CLUSTER: there is no file {absent}\n"
+
+
+def test_options_of_a_script_are_refused_before_it(tmp_path: Path) -> None:
+    (tmp_path / "more.yaml").write_text("pretrain: {steps: 7}")
+    away = ("--address", "http://127.0.0.1:9")
+    for option in (("--set", "pretrain.steps=7"), ("--with", f"{tmp_path}/more.yaml")):
+        told = (f"{' '.join(option)}: is not for this command", "write it behind jobs/pretrain.py")
+        assert_one_line_error(run("submit", *away, *option, "jobs/pretrain.py"), *told)
+    own = run("submit", *away, "--set", "job.retries=2", "jobs/pretrain.py", "--set", "pretrain.steps=7")
+    assert_one_line_error(own, "there is no cluster at http://127.0.0.1:9")
+    late = run("run", f"{tmp_path}/more.yaml", "--set", "pretrain.steps=7", "jobs/pretrain.py")
+    assert_one_line_error(late, "--set pretrain.steps=7: is not for this command; write it behind the script")
+
+
 def test_stages_that_lack_their_input_say_what_to_run(tmp_path: Path) -> None:
     storage = f"storage={tmp_path}"
     assert_one_line_error(run("evaluate", "--set", storage), "not prepared", "raylm prepare")
@@ -112,6 +137,20 @@ def test_a_failing_command_exits_with_one_and_no_trace(tmp_path: Path, environme
     # Ray's own token would make every later `ray start` of this person ask for it.
     assert not (tmp_path / ".ray" / "auth_token").exists()
     assert (tmp_path / ".cache" / "raylm" / "ray_token").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_address_of_a_ray_that_is_gone_is_told(tmp_path: Path, environment: dict[str, str]) -> None:
+    left = tmp_path / "ray" / "ray_current_cluster"
+    left.parent.mkdir()
+    left.write_text("127.0.0.1:9")
+    del environment["RAY_ADDRESS"]
+    found = subprocess.run(
+        [sys.executable, "-m", "raylm", "prepare", "--set", f"storage={tmp_path}"], capture_output=True, text=True,
+        timeout=120, env=environment | {"RAY_TMPDIR": str(tmp_path)}, check=False,
+    )  # fmt: skip
+    assert found.returncode == 1 and "Traceback" not in found.stderr
+    said = f"raylm: error: there is no running Ray at 127.0.0.1:9, which the last `ray start` has left in {left}: "
+    assert said in found.stderr and "RAY_ADDRESS=local raylm" in found.stderr
 
 
 @pytest.mark.parametrize("command", ["prepare", "pretrain", "finetune"])

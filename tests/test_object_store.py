@@ -7,7 +7,10 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
+from raylm.cli import main
+from raylm.errors import StoreError
 from raylm.settings import Settings
 from raylm.storage import StoragePath
 from raylm.tasks import TRANSLATE
@@ -47,6 +50,20 @@ def test_from_text_to_translations_on_s3(small_settings: Settings, object_store:
         pq.write_table(pa.table({"text": ["Monday", "5 May 2025"]}), stream)
     done = run_batch(settings, TRANSLATE, rows.uri, output=object_store.format("out.parquet"), to="de")
     assert done.counts["rows"] == 2
+
+
+def test_a_store_that_lets_nobody_in_is_named(object_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = StoragePath(object_store.format("closed/file.txt"))
+    file.write_bytes(b"text")
+    monkeypatch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0)  # it knows no user
+    for look in (file.is_file, file.parent.list, file.read_bytes):
+        with pytest.raises(StoreError, match=r"^s3://corpus/closed.*: cannot be looked at: When .*AWS Error") as caught:
+            look()
+        assert "secret" not in str(caught.value) and "get the right to read it" in str(caught.value)
+        assert isinstance(caught.value, OSError), "which what tries again waits for"
+    found = CliRunner().invoke(main, ["report", "--set", f"storage={file.parent.uri}"])
+    assert found.exit_code == 1
+    assert found.stderr.startswith("raylm: error: s3://corpus/closed") and found.stderr.count("\n") == 1
 
 
 def test_an_object_is_published_whole_or_not_at_all(object_store: str) -> None:

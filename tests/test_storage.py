@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from raylm import storage
-from raylm.errors import ArtifactError, InputError, OutputError
+from raylm.errors import ArtifactError, InputError, OutputError, StoreError
 from raylm.storage import MANIFEST, Manifest, StoragePath, find_files, fingerprint, persistently
 
 
@@ -40,6 +42,23 @@ def test_a_uri_and_a_path_name_the_same_file(tmp_path: Path) -> None:
     assert place.read_bytes() == b"text"
     assert place.is_local
     assert place.parent.uri == tmp_path.as_uri()
+
+
+def test_a_place_that_the_system_refuses_is_named(tmp_path: Path) -> None:
+    long = StoragePath(str(tmp_path / ("x" * 300)))
+    looks: list[Callable[[], object]] = [
+        long.info,
+        long.list,
+        long.read_bytes,
+        lambda: list(find_files(f"{long}/*", ())),
+    ]
+    for look in looks:
+        with pytest.raises(StoreError, match=r"/x+(/\*)?: cannot be looked at: File name too long; ") as caught:
+            look()
+        assert caught.value.errno == errno.ENAMETOOLONG
+    with pytest.raises(FileNotFoundError) as absent:
+        StoragePath(str(tmp_path / "absent")).read_bytes()
+    assert not isinstance(absent.value, StoreError)
 
 
 def test_upload_download_and_hash_keep_the_bytes(tmp_path: Path) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ import click
 from raylm.cli.options import with_settings
 from raylm.cli.session import ray_session
 from raylm.cluster.file import CLOUDS, read
+from raylm.errors import SettingsError
 from raylm.progress import duration
 from raylm.settings import Settings, find_cluster_file
 
@@ -47,6 +49,15 @@ def _reached(cluster: str | None, address: str | None) -> Iterator[JobSubmission
 
     with dashboard(read(Path(named).expanduser())) as where:
         yield jobs.connect(where)
+
+
+def _refuse_options(options: Sequence[str], script: str) -> None:
+    """Refuse options that a script has to be given: it reads its settings itself, where it runs.
+
+    :raises SettingsError: there are some.
+    """
+    if options:
+        raise SettingsError(f"{options[0]}: is not for this command; write it behind {script}")
 
 
 @click.group()
@@ -143,13 +154,24 @@ def certificate(authority: bool, directory: Path, node_ip: tuple[str, ...]) -> N
 @address_option
 @with_settings
 def submit(
-    settings: Settings, cluster: str | None, script: str, arguments: tuple[str, ...], address: str | None
+    settings: Settings,
+    cluster: str | None,
+    overlays: tuple[str, ...],
+    overrides: tuple[str, ...],
+    script: str,
+    arguments: tuple[str, ...],
+    address: str | None,
 ) -> None:
     """Run a script of jobs/ on a running cluster, and follow it to its end.
 
-    A second call with the same words joins the job that runs. Options of this command stand before the script.
+    A second call with the same words joins the job that runs. Options of this command stand before the script, those of
+    the script behind it.
     """
     from raylm.cluster import jobs
+
+    foreign = [f"--with {file}" for file in overlays]
+    foreign += [f"--set {override}" for override in overrides if not re.match(r"\s*job\s*[.=]", override)]
+    _refuse_options(foreign, script)
 
     def echo(text: str) -> None:
         click.echo(text, nl=False)
@@ -185,6 +207,8 @@ def run(file: Path, script: str, arguments: tuple[str, ...]) -> None:
     """Make the cluster of a file, run a script of jobs/ on it, and end it, whatever becomes of the job."""
     from raylm.cluster import launch
 
+    if script.startswith("-"):
+        _refuse_options([shlex.join([script, *arguments[:1]])], "the script")
     ended = launch.run(
         file, script, arguments, lambda text: click.echo(text, nl=False), lambda text: click.echo(text, err=True)
     )

@@ -25,17 +25,17 @@ model_option = click.option("--model", help="Model directory. Default: the one t
 def with_settings(command: Command) -> Command:
     """Give a command `--cluster`, `--with` and `--set`, and hand it the loaded settings.
 
-    One that has an argument `cluster` is told which file was named, too.
+    One that has an argument `cluster`, `overlays` or `overrides` is given these words themselves, too.
     """
-    wants_file = "cluster" in inspect.signature(command).parameters
+    wanted = inspect.signature(command).parameters
 
     @click.option("--cluster", type=click.Path(), help="Cluster YAML. Default: $RAYLM_CLUSTER, the head node's, local.")
     @click.option("--with", "overlays", multiple=True, type=click.Path(), help="YAML laid over metadata.raylm.")
     @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value.")
     @wraps(command)
     def loaded(cluster: str | None, overlays: tuple[str, ...], overrides: tuple[str, ...], **arguments: Any) -> Any:
-        if wants_file:
-            arguments["cluster"] = cluster
+        said = {"cluster": cluster, "overlays": overlays, "overrides": overrides}
+        arguments |= {name: words for name, words in said.items() if name in wanted}
         return command(settings=settings_module.load(cluster, overlays, overrides), **arguments)
 
     return loaded  # type: ignore[return-value]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from raylm.auth import ensure_token
+from raylm.auth import ensure_token, not_let_in
 from raylm.capacity import NODE_IP
 from raylm.errors import RaylmError
 
@@ -17,6 +18,7 @@ _HELPERS = {
     "_dataset_stats_actor", "_dataset_stats_summary_actor",
 }  # fmt: skip
 """The namespaces of Ray Data's detached actors."""
+_CONNECT_TIMEOUT_S = 5.0
 
 
 @contextmanager
@@ -43,11 +45,15 @@ def ray_session(join: bool = False, with_service: bool = False) -> Iterator[None
     if ray.is_initialized():
         yield
         return
+    if not address:
+        _check_left_address()
+    where = f"at {address}" if address not in (None, "", "auto") else "on this machine"
     try:
         ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False, **_own_machine())
     except ConnectionError as error:
-        where = f"at {address}" if address != "auto" else "on this machine"
         raise RaylmError(f"there is no running Ray {where}: {str(error).splitlines()[0]}") from error
+    except ray.exceptions.AuthenticationError as error:
+        raise not_let_in(f"Ray {where}", error) from error
     _hush_ray_data()
     try:
         yield
@@ -55,6 +61,27 @@ def ray_session(join: bool = False, with_service: bool = False) -> Iterator[None
         if address:
             _leave_nothing()
         ray.shutdown()
+
+
+def _check_left_address() -> None:
+    """Refuse the address of a Ray that has ended without a word; Ray itself would wait for it for minutes.
+
+    :raises RaylmError: nobody answers at the address that the last `ray start` has left on this machine.
+    """
+    from ray._common.utils import get_ray_address_file
+    from ray._private.utils import read_ray_address
+
+    left = read_ray_address()
+    if not left:
+        return
+    host, _, port = left.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        raise RaylmError(
+            f"there is no running Ray at {left}, which the last `ray start` has left in {get_ray_address_file(None)}:"
+            " remove that file, or say RAY_ADDRESS=local raylm …"
+        ) from error
 
 
 def _leave_nothing() -> None:

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 
 from raylm.cluster.file import CLOUDS, OWN_PROVIDERS, ClusterFile, Finding, Key
 from raylm.cluster.pools import Pool, Stage, cpus_in, estimate, gpus_in, pools_of
-from raylm.errors import RaylmError, nearest
+from raylm.errors import RaylmError, remedy_for
 from raylm.prices import OTHER
 from raylm.settings import FinetuneSettings, PretrainSettings, Settings, problems
 from raylm.storage import StoragePath
 from raylm.summary import size
 from raylm.training.examples import step_sequences
+from raylm.training.groups import automatic_workers
 
 OURS = ("metadata", "raylm")
 _ELSEWHERE = (*CLOUDS, "kuberay")
@@ -61,8 +62,7 @@ def _spot(cluster: ClusterFile, settings: Settings, pools: Sequence[Pool]) -> It
     for spot, on_demand in settings.spot.fallback.items():
         for name in (spot, on_demand):
             if name not in by_name:
-                near = nearest(name, by_name)
-                remedy = f"did you mean '{near}'?" if near else f"known: {', '.join(sorted(by_name))}"
+                remedy = remedy_for(name, by_name, f"known: {', '.join(sorted(by_name))}")
                 yield cluster.error((*key, spot), f"there is no node type '{name}'", remedy)
         if not (first := by_name.get(spot)) or not (second := by_name.get(on_demand)):
             continue
@@ -128,9 +128,11 @@ def _steps(cluster: ClusterFile, settings: Settings, pools: Sequence[Pool]) -> I
 
 
 def widest(training: PretrainSettings | FinetuneSettings, pools: Sequence[Pool]) -> int:
-    """The most workers that may train: one for each GPU where the settings do not say."""
+    """The most workers that may train; of machines whose CPUs are not known, one where the settings do not say."""
     if training.workers == "auto":
-        return max(gpus_in(pools), 1)
+        gpus, cpus = gpus_in(pools), cpus_in(pools)
+        for_data = int(isinstance(training, PretrainSettings) and training.stream)
+        return automatic_workers(gpus, gpus if cpus is None else cpus - for_data)
     return training.workers[1] if isinstance(training.workers, tuple) else training.workers
 
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from raylm.auth import not_let_in
 from raylm.errors import RaylmError, first_line
 from raylm.progress import hushed
 from raylm.settings import JobSettings
@@ -52,6 +53,7 @@ def connect(address: str | None) -> JobSubmissionClient:
     :raises RaylmError: there is no cluster, or it wants a token.
     """
     _use_token()
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or f"http://127.0.0.1:{DASHBOARD_PORT}"
@@ -61,11 +63,14 @@ def connect(address: str | None) -> JobSubmissionClient:
         raise RaylmError(f"there is no cluster at {where}: {first_line(error)}; start one by `ray up`") from error
     except RuntimeError as error:
         raise RaylmError(f"{where}: {first_line(error)}") from error
+    except AuthenticationError as error:
+        raise not_let_in(where, error) from error
 
 
 def _use_token() -> None:
     """Show the user's token, where there is one and nothing else is said."""
-    if "RAY_AUTH_MODE" not in os.environ and Path("~/.ray/auth_token").expanduser().is_file():
+    is_named = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    if "RAY_AUTH_MODE" not in os.environ and (is_named or Path("~/.ray/auth_token").expanduser().is_file()):
         os.environ["RAY_AUTH_MODE"] = "token"
 
 
@@ -113,6 +118,7 @@ def follow(
     :raises RaylmError: there is no such job, or the cluster has not answered for `patience_s`.
     """
     from aiohttp import ClientError  # a line that breaks while it is made
+    from ray.exceptions import AuthenticationError
 
     told = 0
 
@@ -139,6 +145,7 @@ def follow(
         _answered(lambda: client.get_job_status(submission_id), f"job {submission_id}", note, patience_s)
         with (
             suppress(RuntimeError, OSError, asyncio.TimeoutError, asyncio.CancelledError, ClientError),
+            suppress(AuthenticationError),  # which the next question tells
             hushed(_CLIENT_LOG, logging.WARNING),
         ):
             asyncio.run(listen_while_it_runs())
@@ -224,11 +231,15 @@ def _answered(
     :param already: what the cluster says of something that an earlier try has done, although its answer was lost.
     :raises RaylmError: it is refused, or nobody answers.
     """
+    from ray.exceptions import AuthenticationError
+
     end = time.monotonic() + patience_s
     was_silent = False
     while True:
         try:
             return ask()
+        except AuthenticationError as error:
+            raise not_let_in(what, error) from error
         except (RuntimeError, OSError) as error:  # requests' errors are of the second kind
             text = str(error)
             if was_silent and already and already in text:

@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -31,8 +32,20 @@ if TYPE_CHECKING:
 _TOKEN = Path("~/.ray/auth_token")
 _OUT_OF_REACH_S = 3_600.0
 """How long a cluster that was made for a job may not answer: the line to it may be down, while the job goes on."""
+_LOGS_S = 600.0
+"""How long the end of a cluster waits for its logs."""
 _AGAIN_S = (10, 60)
 """Between tries to end a cluster."""
+_SSH = (
+    "ssh -n -o BatchMode=yes -o LogLevel=ERROR -o ConnectTimeout=10 -o StrictHostKeyChecking=no"
+    " -o UserKnownHostsFile=/dev/null"
+)
+_SSH_FAILED = 255
+"""The exit code of an ssh that has not reached its machine."""
+_HEAD_RUNS = 'pgrep -g "$(cat ~/ray-head.pid)" -f "ray start" || pgrep -u "$(id -u)" -x gcs_server'
+"""Whether this machine is a head: one that the packaged files begin, or any other."""
+_STOP = "if command -v ray; then ray stop; fi"
+"""Where the setup has failed, there may be no `ray`."""
 
 
 def up(path: Path) -> None:
@@ -48,7 +61,7 @@ def up(path: Path) -> None:
 def down(path: Path) -> None:
     """End a cluster with all its machines.
 
-    :raises RaylmError: Ray's launcher fails; what it said is above.
+    :raises RaylmError: Ray's launcher fails, and what it said is above; or Ray runs on where it cannot be stopped.
     """
     cluster = read(path)
     if cluster.provider == "local":
@@ -123,15 +136,20 @@ def _is_up(cluster: ClusterFile) -> bool:
     :raises RaylmError: nobody says.
     """
     from ray.autoscaler._private.providers import _get_node_provider
-    from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_NODE_KIND
+    from ray.autoscaler.tags import NODE_KIND_HEAD, STATUS_UP_TO_DATE, TAG_RAY_NODE_KIND, TAG_RAY_NODE_STATUS
 
     try:
         provider = _get_node_provider(copy.deepcopy(cluster.get("provider")), cluster.get("cluster_name"))
-        return bool(provider.non_terminated_nodes({TAG_RAY_NODE_KIND: NODE_KIND_HEAD}))
+        heads = provider.non_terminated_nodes({TAG_RAY_NODE_KIND: NODE_KIND_HEAD})
+        if not cluster.get("provider", "head_ip"):
+            return bool(heads)
+        begun = [head for head in heads if provider.node_tags(head).get(TAG_RAY_NODE_STATUS) != STATUS_UP_TO_DATE]
     except Exception as error:  # of each cloud its own
         raise RaylmError(
             f"{cluster.path}: its provider does not say whether the cluster is up already: {first_line(error)}"
         ) from error
+    # Of machines of one's own, the provider knows what was done from this one alone.
+    return bool(begun) or _on_head(cluster, _HEAD_RUNS).returncode == 0
 
 
 def _end(path: Path, note: Callable[[str], None]) -> None:
@@ -162,14 +180,25 @@ def _keep_output(log: StoragePath, printed: Sequence[str], note: Callable[[str],
 def _keep_logs(
     client: JobSubmissionClient, submission_id: str, settings: JobSettings, note: Callable[[str], None]
 ) -> None:
-    """Let the cluster itself bring its logs to storage; that it cannot is said, and fails nothing."""
+    """Let the cluster itself bring its logs to storage, in one try; that it cannot is said, and fails nothing."""
     said: list[str] = []
-    try:
-        ended = submit(client, "jobs/collect_logs.py", ["--name", submission_id], settings, said.append, said.append)
-        if ended.exit_code:
-            note(f"the machines' logs are lost: {' '.join(''.join(said).split())[-500:]}")
-    except RaylmError as error:
-        note(f"the machines' logs are lost: {error}")
+    lost = [f"not collected within {_LOGS_S:.0f} s"]
+    once = settings.model_copy(update={"retries": 0})
+
+    def collect() -> None:
+        try:
+            ended = submit(client, "jobs/collect_logs.py", ["--name", submission_id], once, said.append, said.append)
+        except RaylmError as error:
+            lost[0] = str(error)
+        else:
+            lost[0] = " ".join("".join(said).split())[-500:] if ended.exit_code else ""
+
+    # Nothing that the cluster does, or does not do, is to keep its machines from being ended.
+    collecting = threading.Thread(target=collect, daemon=True)
+    collecting.start()
+    collecting.join(_LOGS_S)
+    if lost[0]:
+        note(f"the machines' logs are lost: {lost[0]}")
 
 
 def _stop_ray(cluster: ClusterFile) -> None:
@@ -177,20 +206,49 @@ def _stop_ray(cluster: ClusterFile) -> None:
 
     They are told by the head, which reaches them; of the head itself, what would start it again ends first, as the
     packaged files begin it.
+
+    :raises RaylmError: the head cannot be reached, or Ray is not stopped on one of them.
     """
     user = cluster.get("auth", "ssh_user")
-    key = "-i ~/ray_bootstrap_key.pem" if cluster.get("auth", "ssh_private_key") else ""
-    ssh = (
-        "ssh -n -o BatchMode=yes -o LogLevel=ERROR -o ConnectTimeout=10 -o StrictHostKeyChecking=no"
-        f" -o UserKnownHostsFile=/dev/null {key}"
+    key = " -i ~/ray_bootstrap_key.pem" if cluster.get("auth", "ssh_private_key") else ""
+    workers = cluster.get("provider", "worker_ips", default=[])
+    stop = shlex.quote(f"bash -i -c '{_STOP}' 2> /dev/null")
+    told = [f"({_SSH}{key} {user}@{address} {stop} >&2 || echo {address}) &" for address in workers]
+    done = _on_head(cluster, " ".join([*told, "wait;", 'pkill -g "$(cat ~/ray-head.pid)";', _STOP, ">&2"]))
+    missed = [address for address in workers if address in done.stdout.split()]
+    missed += [_head_of(cluster)] * bool(done.returncode)
+    if missed:
+        raise RaylmError(f"{cluster.path}: Ray is not stopped on {', '.join(missed)}; end it there by `ray stop`")
+
+
+def _head_of(cluster: ClusterFile) -> str:
+    """The address of the head of machines of one's own, as this machine reaches it."""
+    return str(cluster.get("provider", "external_head_ip") or cluster.get("provider", "head_ip", default="its head"))
+
+
+def _on_head(cluster: ClusterFile, command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command on the head of machines of one's own, with what its shells begin with.
+
+    Ray's launcher would reach it only from where that has made the cluster.
+
+    :raises RaylmError: the head cannot be reached.
+    """
+    if not cluster.get("provider", "head_ip"):  # a coordinator gives out the machines: the launcher asks it for them
+        words = [ray_program(), "exec", str(cluster.path), command]
+        return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    key, proxy = cluster.get("auth", "ssh_private_key"), cluster.get("auth", "ssh_proxy_command")
+    options = ["-i", str(Path(key).expanduser())] if key else []
+    options += ["-o", f"ProxyCommand={proxy}"] if proxy else []
+    head = f"{cluster.get('auth', 'ssh_user')}@{_head_of(cluster)}"
+    done = subprocess.run(
+        [*shlex.split(_SSH), *options, head, shlex.join(["bash", "-i", "-c", command])],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    stop = shlex.quote("bash -i -c 'ray stop' 2> /dev/null")
-    workers = [
-        f"({ssh} {user}@{address} {stop} || echo '{address}: Ray is not stopped') &"
-        for address in cluster.get("provider", "worker_ips", default=[])
-    ]
-    ends = " ".join([*workers, "wait;", 'pkill -g "$(cat ~/ray-head.pid)";', "ray stop"])
-    subprocess.run([ray_program(), "exec", str(cluster.path), ends], stdin=subprocess.DEVNULL, check=False)
+    if done.returncode == _SSH_FAILED:
+        raise RaylmError(f"{cluster.path}: the head {_head_of(cluster)} cannot be reached: {done.stderr.strip()}")
+    return done
 
 
 def _ensure_token() -> None:

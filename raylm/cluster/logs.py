@@ -9,6 +9,9 @@ from typing import NamedTuple
 from raylm.errors import RaylmError, first_line
 from raylm.storage import StoragePath
 
+_PATIENCE_S = 300.0
+"""How long machines have for their logs."""
+
 
 class Collected(NamedTuple):
     """:param missed: machines whose logs could not be had, and why."""
@@ -35,8 +38,13 @@ def collect(place: StoragePath) -> Collected:
         for node in ray.nodes()
         if node["Alive"]
     }
+    _, late = ray.wait(list(tasks.values()), num_returns=len(tasks), timeout=_PATIENCE_S, fetch_local=False)
     machines, missed = [], {}
     for address, task in tasks.items():
+        if task in late:
+            ray.cancel(task, force=True)
+            missed[address] = f"not written within {_PATIENCE_S:.0f} s"
+            continue
         try:
             ray.get(task)
         except ray.exceptions.RayError as error:

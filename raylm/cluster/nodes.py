@@ -13,7 +13,7 @@ from raylm.capacity import MARKET
 from raylm.cluster.file import ClusterFile, Finding, Key
 from raylm.cluster.kubernetes import FAULT_TOLERANCE
 from raylm.cluster.machines import machine_of
-from raylm.errors import nearest
+from raylm.errors import remedy_for
 
 _RAYS_OWN: dict[str, set[str]] = {"aws": {"SubnetIds"}, "gcp": set(), "azure": {"availability_zone"}}
 """Keys of a node_config that Ray takes itself and the cloud never sees."""
@@ -81,8 +81,8 @@ def _aws(cluster: ClusterFile, key: Key, node_config: dict[str, Any]) -> Iterato
         )  # fmt: skip
     kind = node_config.get("InstanceType")
     if isinstance(kind, str) and kind not in instance_types:
-        near = nearest(kind, instance_types)
-        yield cluster.error((*key, "InstanceType"), f"AWS has no '{kind}'", f"did you mean '{near}'?" if near else "")
+        remedy = remedy_for(kind, instance_types, "name one that it has, such as m6i.large")
+        yield cluster.error((*key, "InstanceType"), f"AWS has no '{kind}'", remedy)
 
 
 def _shaped(cluster: ClusterFile, key: Key, value: Any, shape: Any) -> Iterator[Finding]:
@@ -150,9 +150,7 @@ def _unknown(
         )
         return
     for name in sorted(set(value) - set(known)):
-        near = nearest(name, known)
-        remedy = f"did you mean '{near}'?" if near else "take it out"
-        yield cluster.error((*key, name), f"{whose} has no such key", remedy)
+        yield cluster.error((*key, name), f"{whose} has no such key", remedy_for(name, known, "take it out"))
 
 
 # -------------------------------------------------------------------------------------------- resources

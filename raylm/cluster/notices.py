@@ -105,11 +105,15 @@ def drain(address: str, node_ip: str, seconds: float) -> None:
 
     :param address: the cluster's, `host:port` of its head.
     :param seconds: until the machine is gone.
-    :raises RaylmError: Ray does not know the machine, or refuses.
+    :raises RaylmError: Ray does not answer, does not know the machine, or refuses.
     """
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.exceptions import RayError
 
-    nodes = GcsClient(address=address).get_all_node_info().values()
+    try:
+        nodes = GcsClient(address=address).get_all_node_info().values()
+    except RayError as error:
+        raise RaylmError(f"Ray at {address} does not answer: {first_line(error)}") from error
     alive = [node.node_id.hex() for node in nodes if node.node_manager_address == node_ip and node.state == 0]
     if not alive:
         raise RaylmError(f"Ray at {address} has no machine {node_ip} that is alive")

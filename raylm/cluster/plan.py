@@ -21,7 +21,7 @@ MODEL_FLOPS_UTILISATION = 0.35
 
 
 @dataclass(frozen=True)
-class Job:
+class StagePlan:
     """A stage on the machines that it would get.
 
     :param machines: how many of each pool.
@@ -48,7 +48,7 @@ class Job:
         return None if self.hourly is None or self.seconds is None else cost(self.hourly, self.seconds)
 
 
-def plan(path: Path) -> list[Job]:
+def plan(path: Path) -> list[StagePlan]:
     """The stages of a cluster file on its machines. No cloud and no storage is asked.
 
     :raises RaylmError: the file does not say what is to run, or it could not.
@@ -56,18 +56,18 @@ def plan(path: Path) -> list[Job]:
     cluster = read(path)
     values = cluster.get(*OURS, default={})
     for key, why, remedy in problems(values):
-        raise SettingsError(f"{path}: {'.'.join(map(str, (*OURS, *key)))}: {why}; {remedy}")
+        raise SettingsError(f"{path}: {'.'.join(map(str, (*OURS, *key)))}: {why}; {remedy or 'take it out'}")
     settings = Settings.model_validate(values)
     pools = pools_of(cluster, settings)
     head = next((pool for pool in pools if pool.name == cluster.head_type), None)
-    jobs = [_job("prepare", _all_of(pools, head, gpus=False), head)]
+    jobs = [_planned("prepare", _all_of(pools, head, gpus=False), head)]
     for stage in ("pretrain", "finetune"):
         jobs += _trainings(settings, stage, pools, head)
     batch = _all_of(pools, head, gpus=gpus_in(pools) > 0)
-    return [*jobs, _job("batch", batch, head)]
+    return [*jobs, _planned("batch", batch, head)]
 
 
-def _trainings(settings: Settings, stage: Stage, pools: Sequence[Pool], head: Pool | None) -> list[Job]:
+def _trainings(settings: Settings, stage: Stage, pools: Sequence[Pool], head: Pool | None) -> list[StagePlan]:
     """A training at its widest and, where its width may change, at its narrowest."""
     training: PretrainSettings | FinetuneSettings = getattr(settings, stage)
     most = widest(training, pools)
@@ -83,7 +83,7 @@ def _trainings(settings: Settings, stage: Stage, pools: Sequence[Pool], head: Po
             slowest = min((pool.gpu.flops for pool, _ in machines if pool.gpu), default=None)
             if slowest and found.work.flops:
                 seconds = found.work.flops / (workers * slowest * MODEL_FLOPS_UTILISATION)
-        jobs.append(_job(stage, machines, head, workers, memory, gpu.name if gpu else None, seconds))
+        jobs.append(_planned(stage, machines, head, workers, memory, gpu.name if gpu else None, seconds))
     return jobs
 
 
@@ -110,7 +110,7 @@ def _all_of(pools: Sequence[Pool], head: Pool | None, gpus: bool) -> list[tuple[
     return [(pool, pool.most) for pool in fitting if pool is not head or len(fitting) == 1]
 
 
-def _job(
+def _planned(
     stage: str,
     machines: Sequence[tuple[Pool, int]],
     head: Pool | None,
@@ -118,13 +118,13 @@ def _job(
     memory: int | None = None,
     gpu: str | None = None,
     seconds: float | None = None,
-) -> Job:
+) -> StagePlan:
     count = sum(number for _, number in machines)
     beside = [(head, 1)] if head and all(pool is not head for pool, _ in machines) else []
     hourly = None
     if all(pool.price is not None for pool, _ in [*machines, *beside]):
         hourly = sum(number * (pool.price or 0.0) for pool, number in [*machines, *beside])
-    return Job(
+    return StagePlan(
         stage=stage,
         machines={pool.name: number for pool, number in machines},
         workers=workers,
@@ -136,7 +136,7 @@ def _job(
     )
 
 
-def plan_table(jobs: Sequence[Job]) -> str:
+def plan_table(jobs: Sequence[StagePlan]) -> str:
     """A plan for the terminal."""
     from rich.table import Table
     from rich.text import Text

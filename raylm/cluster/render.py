@@ -72,6 +72,7 @@ def _crontab(cluster: ClusterFile, settings: Settings) -> str:
     command = command.replace("%", r"\%")  # which cron would take for a line's end
     return (
         f"# {cluster.get('cluster_name')}: `crontab -e` takes these lines; the program has to be on cron's PATH.\n"
+        "# cronie alone reads CRON_TZ; to others, as Debian's cron, the hour is in the machine's own time zone.\n"
         f"CRON_TZ={nightly.timezone}\n"
         f"{nightly.schedule} {command}\n"
     )

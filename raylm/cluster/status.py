@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from raylm.auth import not_let_in
 from raylm.capacity import MARKET, NODE_TYPE
 from raylm.errors import RaylmError, first_line
 from raylm.prices import OTHER, price_of
@@ -69,6 +70,7 @@ def status(client: JobSubmissionClient, prices: Mapping[str, float]) -> Status:
 
 
 def _machines(client: JobSubmissionClient, prices: Mapping[str, float]) -> list[Machines]:
+    from ray.exceptions import AuthenticationError
     from ray.util.state import list_nodes
     from ray.util.state.exception import RayStateApiException
 
@@ -76,6 +78,8 @@ def _machines(client: JobSubmissionClient, prices: Mapping[str, float]) -> list[
         nodes = list_nodes(client.get_address(), filters=[("state", "=", "ALIVE")], detail=True, limit=_MACHINES)
     except (RayStateApiException, OSError) as error:
         raise RaylmError(f"{client.get_address()}: does not tell its machines: {first_line(error)}") from error
+    except AuthenticationError as error:
+        raise not_let_in(client.get_address(), error) from error
     kinds = Counter(
         (
             (node.labels or {}).get(NODE_TYPE, OTHER),
@@ -92,10 +96,14 @@ def _machines(client: JobSubmissionClient, prices: Mapping[str, float]) -> list[
 
 
 def _jobs(client: JobSubmissionClient) -> list[Job]:
+    from ray.exceptions import AuthenticationError
+
     try:
         found = client.list_jobs()
     except (RuntimeError, OSError) as error:
         raise RaylmError(f"{client.get_address()}: does not tell its jobs: {first_line(error)}") from error
+    except AuthenticationError as error:
+        raise not_let_in(client.get_address(), error) from error
     submitted = sorted((job for job in found if job.submission_id), key=lambda job: -(job.start_time or 0))
     now = time.time()
     return [

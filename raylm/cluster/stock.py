@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raylm.cluster.file import ClusterFile, Finding
-from raylm.errors import nearest
+from raylm.errors import remedy_for
 from raylm.progress import hushed
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ def check_shape(cluster: ClusterFile) -> Iterator[Finding]:
     for key in cluster.repeated:
         yield cluster.error(key, "stands here twice; YAML takes the last one alone", "keep one of them")
     if cluster.provider and cluster.provider not in PROVIDERS:
-        near = nearest(cluster.provider, PROVIDERS)
-        remedy = f"did you mean '{near}'?" if near else f"known: {', '.join(PROVIDERS)}"
+        remedy = remedy_for(cluster.provider, PROVIDERS, f"known: {', '.join(PROVIDERS)}")
         yield cluster.error(("provider", "type"), f"Ray has no provider '{cluster.provider}'", remedy)
     import ray.autoscaler
     from jsonschema import Draft7Validator
@@ -45,8 +44,7 @@ def _told(cluster: ClusterFile, error: ValidationError) -> Iterator[Finding]:
     known = list(error.schema.get("properties", {}))
     if error.validator == "additionalProperties":
         for name in sorted(set(error.instance) - set(known)):
-            near = nearest(name, known)
-            remedy = f"did you mean '{near}'?" if near else f"known here: {', '.join(sorted(known))}"
+            remedy = remedy_for(name, known, f"known here: {', '.join(sorted(known))}")
             if name == "raylm":
                 remedy = "put it below metadata:, which Ray leaves alone"
             yield cluster.error((*key, name), "a key that Ray does not know", remedy)

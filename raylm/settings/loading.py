@@ -35,11 +35,11 @@ def find_cluster_file(cluster: str | os.PathLike[str] | None = None) -> Path:
 
     :raises SettingsError: the named file does not exist.
     """
-    for named, origin in ((cluster, "--cluster"), (os.environ.get("RAYLM_CLUSTER"), "$RAYLM_CLUSTER")):
+    for named, origin in ((cluster, ""), (os.environ.get("RAYLM_CLUSTER"), "$RAYLM_CLUSTER: ")):
         if named:
             path = Path(named).expanduser()
             if not path.is_file():
-                raise SettingsError(f"{origin}: there is no file {path}")
+                raise SettingsError(f"{origin}there is no file {path}")
             return path
     bootstrap = BOOTSTRAP_CONFIG.expanduser()
     return bootstrap if bootstrap.is_file() else packaged_cluster_file()

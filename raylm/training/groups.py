@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from raylm.capacity import is_of, machines
-from raylm.errors import RaylmError, TrainingError
+from raylm.errors import RaylmError, StoreError, TrainingError
 from raylm.progress import Progress, note
 from raylm.settings import FinetuneSettings, PretrainSettings, Topology
 from raylm.storage import StoragePath
@@ -81,7 +81,7 @@ def choose_width(
     gpus, cpus = sum(machines("GPU", topology)), sum(machines("CPU", topology))
     have = min(gpus, cpus - cpus_for_data) if gpus else cpus - cpus_for_data
     if training.workers == "auto":
-        least = most = max(have if gpus else min(have // _CPUS_A_WORKER, _MOST_CPU_WORKERS), 1)
+        least = most = automatic_workers(gpus, cpus - cpus_for_data)
     elif isinstance(training.workers, tuple):
         least, most = training.workers
     else:
@@ -96,6 +96,11 @@ def choose_width(
     is_elastic = least < most
     each = 1 if gpus or is_elastic else _cpus_each(machines("CPU", topology), least, cpus_for_data)
     return Width(least, most, bool(gpus), each, cpus_for_data)
+
+
+def automatic_workers(gpus: int, cpus: int) -> int:
+    """How many workers train where the settings do not say: one for each GPU, else one for every few CPUs."""
+    return max(min(gpus, cpus) if gpus else min(cpus // _CPUS_A_WORKER, _MOST_CPU_WORKERS), 1)
 
 
 def _cpus_each(machines: Sequence[int], workers: int, cpus_for_data: int) -> int:
@@ -315,12 +320,12 @@ def _worker(config: dict[str, Any]) -> None:
         return
     try:
         is_finished = train_worker(job, report, Attention(relay if leads else None))
-    except RaylmError as error:
-        # Trying again would come to the same end. Raised all the same: the other workers are waiting for this one.
-        ray.get(relay.fail.remote(str(error)))
-        raise
-    except Exception:
-        ray.get(relay.explain.remote(traceback.format_exc()))  # Ray keeps the beginning and the end of it
+    except Exception as error:
+        # Raised all the same: the other workers are waiting for this one.
+        if isinstance(error, RaylmError) and not isinstance(error, StoreError):
+            ray.get(relay.fail.remote(str(error)))  # trying again would come to the same end
+        else:
+            ray.get(relay.explain.remote(traceback.format_exc()))  # of which Ray keeps the beginning and the end
         raise
     if leads and is_finished:
         ray.get(relay.finish.remote())

@@ -44,14 +44,14 @@ class Cluster:
     ) -> None:
         self.name = f"t{os.getpid()}-{network.rsplit('.', 1)[1]}"
         values: dict[str, Any] = yaml.safe_load(LOCAL.read_text())
-        gcs, self.dashboard = free_port(), free_port()
+        self.gcs, self.dashboard = free_port(), free_port()
         values |= {"cluster_name": self.name, "idle_timeout_minutes": 0.1}
         values["provider"]["network"] = network
         self.storage = directory / "storage"
         values["metadata"] = {"raylm": settings.model_dump(mode="json") | {"storage": str(self.storage)}}
         host = "--dashboard-host=127.0.0.1"
         for key in ("head_start_ray_commands", "worker_start_ray_commands"):
-            own = [text.replace("6379", str(gcs)) for text in values[key]]
+            own = [text.replace("6379", str(self.gcs)) for text in values[key]]
             values[key] = [text.replace(host, f"{host} --dashboard-port={self.dashboard}") for text in own]
         change(values)
         self.file = directory / "cluster.yaml"

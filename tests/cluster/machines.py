@@ -249,7 +249,8 @@ def site(directory: Path, *users: str, **environment: str) -> Iterator[Site]:
     tried = subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, check=False)
     if os.geteuid() or tried.returncode:
         pytest.skip("needs the right to make networks of its own")
-    found = Site(directory, users, {"RAY_USAGE_STATS_ENABLED": "0", **environment})
+    usual = {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(REPOSITORY)}
+    found = Site(directory, users, usual | environment)
     try:
         yield found
     finally:

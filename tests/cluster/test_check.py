@@ -100,6 +100,8 @@ MISTAKES: list[tuple[str, Callable[[Values], None], str, str]] = [
      "available_node_types.gpu-spot.node_config.InstanceTyp", "did you mean 'InstanceType'?"),
     ("aws", put(*GPU, "node_config", "InstanceType", to="g6.12xlarg"),
      "available_node_types.gpu-spot.node_config.InstanceType", "did you mean 'g6.12xlarge'?"),
+    ("aws", put(*GPU, "node_config", "InstanceType", to="qqqqqqqq"),
+     "available_node_types.gpu-spot.node_config.InstanceType", "AWS has no 'qqqqqqqq'; name one that it has, such as"),
     ("aws", rename(*GPU, "node_config", "InstanceMarketOptions", "MarketType", to="MarketTyp"),
      "available_node_types.gpu-spot.node_config.InstanceMarketOptions.MarketTyp", "did you mean 'MarketType'?"),
     ("aws", put(*GPU, "node_config", "InstanceMarketOptions", "MarketType", to="spott"),

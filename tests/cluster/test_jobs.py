@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -76,18 +75,30 @@ def breaking_line(port: int, seconds: float) -> Iterator[BreakingLine]:
         line.close()
 
 
-def start(cluster: Cluster, *words: str, port: int | None = None) -> subprocess.Popen[str]:
+def start(cluster: Cluster, *words: str, port: int | None = None, **environment: str) -> subprocess.Popen[str]:
     command, *rest = words
     address = f"http://127.0.0.1:{port or cluster.dashboard}"
     return subprocess.Popen(
         [sys.executable, "-m", "raylm", command, "--address", address, *rest],
-        env=cluster.environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=cluster.environment | environment, cwd=REPOSITORY, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=240)
     return process.returncode, out, err
+
+
+def told(process: subprocess.Popen[str], words: str) -> str:
+    """What a command notes, up to the line with some words."""
+    assert process.stderr
+    said = ""
+    while words not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    return said
 
 
 def own(output: str) -> str:
@@ -106,7 +117,8 @@ def scripts(cluster: Cluster) -> Path:
         "fail.py": "import sys\nprint('no', flush=True)\nsys.exit(7)\n",
         "once.py": "import pathlib, sys\nmark = pathlib.Path(sys.argv[1])\nif not mark.exists():\n    mark.touch()\n"
         "    sys.exit(3)\nprint('at last')\n",
-        "wait.py": "import time\nprint('waiting', flush=True)\ntime.sleep(12)\nprint('done')\n",
+        "wait.py": "import pathlib, sys, time\nprint('waiting', flush=True)\n"
+        "while not pathlib.Path(sys.argv[1]).exists():\n    time.sleep(0.1)\nprint('done')\n",
     }.items():
         script = directory / name
         script.write_text(f"#!{sys.executable}\n{text}")
@@ -138,15 +150,17 @@ def test_a_job_that_fails_is_tried_again(cluster: Cluster, scripts: Path, tmp_pa
     assert "failed with exit code 3; attempt 2 of 3" in err
 
 
-def test_a_second_call_joins_the_job_that_runs(cluster: Cluster, scripts: Path) -> None:
-    first = start(cluster, "submit", str(scripts / "wait.py"))
-    time.sleep(6)
-    second = start(cluster, "submit", str(scripts / "wait.py"))
+def test_a_second_call_joins_the_job_that_runs(cluster: Cluster, scripts: Path, tmp_path: Path) -> None:
+    words = ("submit", str(scripts / "wait.py"), str(tmp_path / "mark"))
+    first = start(cluster, *words)
+    said = told(first, "submitted")
+    second = start(cluster, *words)
+    said_again = told(second, "runs already: following it")
+    (tmp_path / "mark").touch()
     (code, out, err), (code_again, out_again, err_again) = ended(first), ended(second)
-    assert (code, code_again, own(out)) == (0, 0, "waiting\ndone\n"), err + err_again
+    assert (code, code_again, own(out)) == (0, 0, "waiting\ndone\n"), said + err + said_again + err_again
     assert out_again == out
-    assert "submitted" in err and "runs already: following it" in err_again
-    third = ended(start(cluster, "submit", str(scripts / "wait.py")))
+    third = ended(start(cluster, *words))
     assert third[2].split()[0].endswith("-2")
 
 
@@ -170,3 +184,52 @@ def test_what_is_not_there_is_one_line(cluster: Cluster) -> None:
     assert "raylm: error: job raylm-nothing-1: " in err and "Traceback" not in err
     code, _, err = ended(start(cluster, "logs", "x", port=9))
     assert code == 1 and "there is no cluster at http://127.0.0.1:9" in err and "Traceback" not in err
+
+
+def test_who_has_no_token_or_a_wrong_one_is_told_where_it_is_looked_for(cluster: Cluster, tmp_path: Path) -> None:
+    where = f"raylm: error: http://127.0.0.1:{cluster.dashboard}: "
+    for environment, said in (
+        ({"RAY_AUTH_TOKEN": "9" * 64}, f"{where}Authentication failed: Forbidden: Invalid authentication token; "),
+        (
+            {"RAY_AUTH_MODE": "disabled"},
+            f"{where}Authentication required: Unauthorized: Missing authentication token; ",
+        ),
+        (
+            {"HOME": str(tmp_path)},
+            f"{where}Token authentication is enabled but Ray couldn't find an authentication token",
+        ),
+    ):
+        code, _, err = ended(start(cluster, "status", **environment))
+        assert code == 1 and said in err and "~/.ray/auth_token" in err and "Traceback" not in err, err
+    joined = subprocess.run(
+        [sys.executable, "-m", "raylm", "collect-logs"], cwd=REPOSITORY, capture_output=True, text=True, check=False,
+        env=cluster.environment | {"HOME": str(tmp_path), "RAY_ADDRESS": f"127.77.1.2:{cluster.gcs}"},
+    )  # fmt: skip
+    assert joined.returncode == 1 and "is looked for in $RAY_AUTH_TOKEN" in joined.stderr, joined.stderr
+    assert "Traceback" not in joined.stderr
+
+
+_REFUSED = """
+import os, sys
+from ray._raylet import AuthenticationTokenLoader
+from raylm.cluster import jobs, status
+from raylm.errors import RaylmError
+client = jobs.connect(sys.argv[1])
+os.environ["RAY_AUTH_TOKEN"] = "9" * 64  # from now on
+AuthenticationTokenLoader.instance().reset_cache()
+client._headers = {"Authorization": "Bearer 9"}
+for ask, words in ((jobs.follow, ["a-job", print, print]), (status._machines, [{}]), (status._jobs, [])):
+    try:
+        ask(client, *words)
+    except RaylmError as error:
+        print(error)
+"""
+
+
+def test_a_token_that_counts_no_longer_is_told(cluster: Cluster) -> None:
+    address = f"http://127.0.0.1:{cluster.dashboard}"
+    found = subprocess.run(
+        [sys.executable, "-c", _REFUSED, address], env=cluster.environment, cwd=REPOSITORY, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert found.stdout.count("Invalid authentication token; the cluster's token is looked for") == 3, found

@@ -15,7 +15,10 @@ import yaml
 from click.testing import CliRunner
 
 from raylm.cli import main
+from raylm.cluster import logs
+from raylm.errors import RaylmError
 from raylm.settings import Settings
+from raylm.storage import StoragePath
 from tests.cluster.conftest import REPOSITORY, Cluster
 
 CLUSTERS = REPOSITORY / "clusters"
@@ -73,6 +76,45 @@ def test_a_cluster_ends_when_its_command_is_stopped(unlaunched: Cluster) -> None
     assert unlaunched.provider.non_terminated_nodes({}) == []
     [log] = (unlaunched.storage / "jobs").iterdir()
     assert log.name.startswith("job-stopped-") and "at work\n" in log.read_text()
+
+
+_COLLECT = """
+import sys
+from raylm.cluster import launch
+from raylm.cluster.jobs import connect
+from raylm.settings import JobSettings
+launch._LOGS_S = 8
+client = connect(sys.argv[1])
+launch._keep_logs(client, "a-job", JobSettings(retries=2, entrypoint_resources={"absent": 1}), print)
+[job] = [job for job in client.list_jobs() if "collect_logs" in job.entrypoint]
+client.stop_job(job.submission_id)
+"""
+
+
+@pytest.mark.slow
+def test_an_end_does_not_wait_for_logs_that_do_not_come(cluster: Cluster) -> None:
+    """No machine can run the job that would bring them."""
+    found = subprocess.run(
+        [sys.executable, "-c", _COLLECT, f"http://127.0.0.1:{cluster.dashboard}"],
+        env=cluster.environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=90, check=False,
+    )  # fmt: skip
+    assert (found.returncode, found.stdout) == (0, "the machines' logs are lost: not collected within 8 s\n"), found
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_logs_that_take_too_long_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray._private.worker
+
+    monkeypatch.setattr(logs, "_PATIENCE_S", 3)
+    endless = Path(ray._private.worker.global_worker.node.get_logs_dir_path()) / "endless.log"
+    with endless.open("w") as file:
+        file.truncate(1 << 42)  # which takes no room, and hours to read
+    try:
+        with pytest.raises(RaylmError, match="no logs: not written within 3 s"):
+            logs.collect(StoragePath(str(tmp_path)))
+    finally:
+        endless.unlink()
+    assert logs.collect(StoragePath(str(tmp_path))).missed == {}
 
 
 def test_a_file_with_errors_is_not_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

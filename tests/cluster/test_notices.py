@@ -77,6 +77,24 @@ def test_a_machine_whose_head_is_gone_shuts_down(service: str, monkeypatch: pyte
     assert shut.exists() and "this machine shuts down" in " ".join(said)
 
 
+@pytest.mark.slow
+def test_a_head_that_is_away_is_waited_for(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notices, "_POLL_S", 0)
+    Metadata.gone_at = datetime.now(UTC) + timedelta(seconds=90)
+    tries = 0
+
+    def drain(seconds: float) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            notices.drain("127.0.0.1:9", "127.0.0.1", seconds)  # where nobody listens
+
+    said: list[str] = []
+    notices.watch("aws", service, drain, said.append)
+    assert tries == 2
+    assert any(line.startswith("Ray at 127.0.0.1:9 does not answer: ") and "trying on" in line for line in said), said
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_machine_that_ray_does_not_know_is_named() -> None:
     import ray

@@ -11,15 +11,16 @@ import yaml
 from click.testing import CliRunner
 
 from raylm.cli import main
+from raylm.cluster.check import check
 from raylm.cluster.machines import L4
-from raylm.cluster.plan import MODEL_FLOPS_UTILISATION, Job, plan
+from raylm.cluster.plan import MODEL_FLOPS_UTILISATION, StagePlan, plan
 from raylm.settings import Settings
 from raylm.training.estimate import dry_run
 
 CLUSTERS = Path(__file__).parents[2] / "clusters"
 
 
-def planned(path: Path, **ours: dict[str, Any]) -> list[Job]:
+def planned(path: Path, **ours: dict[str, Any]) -> list[StagePlan]:
     """The plan of the AWS file with other values in some sections."""
     values = yaml.safe_load((CLUSTERS / "aws.yaml").read_text())
     for section, update in ours.items():
@@ -63,6 +64,26 @@ def test_what_is_not_known_is_not_told(tmp_path: Path) -> None:
     assert local is None  # no prices
 
 
+def test_machines_without_gpus_train_as_wide_as_they_will(tmp_path: Path) -> None:
+    path, widths = tmp_path / "cluster.yaml", []
+    for cpus in (2, 4, 16):  # of each of three machines
+        values = yaml.safe_load((CLUSTERS / "local.yaml").read_text())
+        for node_type in values["available_node_types"].values():
+            node_type["resources"]["CPU"] = cpus
+        path.write_text(yaml.safe_dump(values))
+        widths.append([stage.workers for stage in plan(path) if stage.stage == "pretrain"])
+    assert widths == [[1], [3], [4]]
+    values["metadata"]["raylm"]["pretrain"]["stream"] = True
+    values["available_node_types"]["head"]["resources"]["CPU"] = 0
+    values["available_node_types"]["worker"]["resources"]["CPU"] = 8
+    path.write_text(yaml.safe_dump(values))
+    assert next(stage.workers for stage in plan(path) if stage.stage == "pretrain") == 3, "a CPU is left to Ray Data"
+    values["available_node_types"]["head"]["resources"]["CPU"] = 16
+    values["metadata"]["raylm"]["pretrain"]["global_batch_tokens"] = 34 * 32
+    path.write_text(yaml.safe_dump(values))
+    assert ["do not divide by 4 workers" in finding.why for finding in check([path])] == [True]
+
+
 def test_the_command_prints_a_table_and_json() -> None:
     found = CliRunner().invoke(main, ["cluster", "plan", str(CLUSTERS / "gcp.yaml")], env={"COLUMNS": "160"})
     assert found.exit_code == 0, found.output
@@ -74,7 +95,8 @@ def test_the_command_prints_a_table_and_json() -> None:
 
 def test_a_file_that_asks_for_nothing_known_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
-    path.write_text("cluster_name: x\nmetadata: {raylm: {pretrian: {}}}\n")
-    found = CliRunner().invoke(main, ["cluster", "plan", str(path)])
-    assert found.exit_code == 1
-    assert "metadata.raylm.pretrian: unknown key; did you mean 'pretrain'?" in found.output
+    for key, remedy in (("pretrian", "did you mean 'pretrain'?"), ("qqq", "take it out")):
+        path.write_text(f"cluster_name: x\nmetadata: {{raylm: {{{key}: {{}}}}}}\n")
+        found = CliRunner().invoke(main, ["cluster", "plan", str(path)])
+        assert found.exit_code == 1
+        assert f"metadata.raylm.{key}: unknown key; {remedy}\n" in found.output

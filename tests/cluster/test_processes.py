@@ -85,6 +85,7 @@ def test_the_end_leaves_no_process_and_touches_no_other(cluster: Cluster) -> Non
         assert down.returncode == 0, down.stdout + down.stderr
         assert cluster.processes() == []
         assert cluster.provider.non_terminated_nodes({}) == []
+        assert not (cluster.file.parent / "ray_bootstrap_config.yaml").exists(), "commands would read it on"
         assert stranger.poll() is None
     finally:
         stranger.kill()
@@ -121,6 +122,25 @@ def test_machines_have_addresses_and_end_with_what_they_started(tmp_path: Path) 
         for node in provider.non_terminated_nodes({}):
             provider.terminate_node(node)
         shutil.rmtree(place)
+
+
+@pytest.mark.parametrize(("name", "stays"), [("", False), ("-other", True)])
+def test_the_file_of_a_head_goes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stays: bool
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    provider = ProcessNodeProvider({"network": "127.77.2"}, f"g{os.getpid()}")
+    left = tmp_path / "ray_bootstrap_config.yaml"
+    left.write_text(json.dumps({"cluster_name": f"{provider.cluster_name}{name}"}))  # as `ray up` leaves it
+    try:
+        [worker] = provider.create_node({}, {"ray-node-type": "worker"}, 1)
+        [head] = provider.create_node({}, {"ray-node-type": "head"}, 1)
+        provider.terminate_node(worker)
+        assert left.exists()
+        provider.terminate_node(head)
+        assert left.exists() == stays
+    finally:
+        shutil.rmtree(provider.directory("x-2").parent)
 
 
 def test_a_command_that_fails_is_an_error_of_the_launcher(tmp_path: Path) -> None:

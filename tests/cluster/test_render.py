@@ -164,8 +164,9 @@ def aws(tmp_path: Path) -> Path:
 
 
 def test_cron_takes_its_lines(aws: Path) -> None:
-    comment, zone, line = render(aws, "crontab").splitlines()
+    comment, warning, zone, line = render(aws, "crontab").splitlines()
     assert comment.startswith("#") and zone == "CRON_TZ=Europe/Berlin"
+    assert warning.startswith("# cronie alone reads CRON_TZ; ") and "the machine's own time zone" in warning
     assert line.startswith("30 2 * * 1-5 ")
     command = line.removeprefix("30 2 * * 1-5 ").replace(r"\%", "%")  # as cron undoes it
     assert shlex.split(command) == ["cd", str(Path.cwd()), "&&", "raylm", "run", str(aws), "jobs/nightly.py"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from tests.cluster.machines import REPOSITORY, Machine, Site, make_key, site
 from tests.cluster.owner import PARAMETER, own_account
 
 _TOKEN = "7" * 64
-_LAPTOP = "192.168.1.2"
+_LAPTOP, _OTHER_LAPTOP = "192.168.1.2", "192.168.1.4"
 _CLOUD = "192.168.1.3"
 _JOB = """
 import subprocess, sys
@@ -31,8 +32,8 @@ sys.exit(7)
 _BUCKET = f"s3://raylm/storage?endpoint_override={_CLOUD}:5000&scheme=http&region=eu-central-1"
 
 
-def _laptop(here: Site) -> Machine:
-    machine = here.add(_LAPTOP)
+def _laptop(here: Site, address: str = _LAPTOP) -> Machine:
+    machine = here.add(address)
     (machine.home / ".ray").mkdir()
     token = machine.home / ".ray" / "auth_token"
     token.write_text(_TOKEN)
@@ -81,15 +82,27 @@ def test_machines_of_ones_own(tmp_path: Path, small_settings: Settings) -> None:
         assert (tmp_path / "storage" / "tokens" / "default" / "manifest.json").exists()
         status = json.loads(laptop.run("raylm", "status", "--cluster", file, "--json").stdout)
         assert sum(machine["count"] for machine in status["machines"]) == 3
-        refused = laptop.run("raylm", "run", file, "jobs/prepare.py")
-        assert refused.returncode == 1 and "its cluster is up already" in refused.stderr
+        other = _laptop(here, _OTHER_LAPTOP)  # which has not made the cluster
+        for name in ("id_ed25519", "id_ed25519.pub"):
+            shutil.copy(laptop.home / ".ssh" / name, other.home / ".ssh" / name)
+        for machine in (laptop, other):
+            refused = machine.run("raylm", "run", file, "jobs/prepare.py")
+            assert refused.returncode == 1 and "its cluster is up already" in refused.stderr, refused.stderr
 
-        down = laptop.run("raylm", "down", file)
+        down = other.run("raylm", "down", file)
         assert down.returncode == 0, down.stdout + down.stderr
         end = time.monotonic() + 60
         while left := {machine.address: found for machine in machines if (found := machine.processes())}:
             assert time.monotonic() < end, left
             time.sleep(1)
+
+        here.remove("192.168.1.12")
+        down = laptop.run("raylm", "down", file)
+        assert down.returncode == 1 and "Ray is not stopped on 192.168.1.12; end it there" in down.stderr, down.stderr
+        here.remove("192.168.1.10")
+        for command in (("down", file), ("run", file, "jobs/prepare.py")):
+            lost = laptop.run("raylm", *command)
+            assert lost.returncode == 1 and "the head 192.168.1.10 cannot be reached: ssh: " in lost.stderr, lost.stderr
 
 
 # ------------------------------------------------------------------------------------------------ AWS

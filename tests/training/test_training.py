@@ -117,7 +117,9 @@ def test_a_run_is_trained_by_one_process_at_a_time(small_settings: Settings, pre
 
 
 def test_workers_that_fail_leave_their_whole_trace(small_settings: Settings, corpus: StoragePath) -> None:
-    settings = changed(small_settings, corpus={"name": "torn"}, pretrain={"workers": 2, "name": "torn", "max_failures": 0})
+    settings = changed(
+        small_settings, corpus={"name": "torn"}, pretrain={"workers": 2, "name": "torn", "max_failures": 0}
+    )
     torn = shutil.copytree(corpus.path, Path(corpus.path).with_name("torn"))
     for shard in (torn / "documents" / "train").glob("*.arrow"):
         shard.write_bytes(shard.read_bytes()[:1_000])

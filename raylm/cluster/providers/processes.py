@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 from filelock import FileLock
 from ray.autoscaler._private.subprocess_output_util import ProcessRunnerError
 from ray.autoscaler.command_runner import CommandRunnerInterface
@@ -26,6 +27,7 @@ from ray.autoscaler.node_provider import NodeProvider
 from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_NODE_KIND
 
 from raylm.capacity import NODE_IP
+from raylm.settings.loading import BOOTSTRAP_CONFIG
 
 NODE, NODE_DIR = "RAYLM_NODE", "RAYLM_NODE_DIR"
 """What a machine's commands find in their environment, beside its address: which it is, and its directory."""
@@ -102,9 +104,12 @@ class ProcessNodeProvider(NodeProvider):  # type: ignore[misc]
                 machines[node_id].update(tags)
 
     def terminate_node(self, node_id: str) -> None:
+        """End a machine; with a head goes the file that `ray up` left in its home, which is this user's."""
         self.stop(node_id)
         with self._changing() as machines:
-            machines.pop(node_id, None)
+            tags = machines.pop(node_id, {})
+        if tags.get(TAG_RAY_NODE_KIND) == NODE_KIND_HEAD:
+            self._forget_file()
 
     def stop(self, node_id: str) -> None:
         """End all processes of a machine, and none else."""
@@ -130,6 +135,13 @@ class ProcessNodeProvider(NodeProvider):  # type: ignore[misc]
         }
 
     # ------------------------------------------------------------------------------------- helpers
+
+    def _forget_file(self) -> None:
+        """Remove the cluster's file, which commands of this user would read on; that of another cluster stays."""
+        left = BOOTSTRAP_CONFIG.expanduser()
+        with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
+            if yaml.safe_load(left.read_text()).get("cluster_name") == self.cluster_name:
+                left.unlink()
 
     def _last_given(self, number: int) -> float:
         directory = self._place / str(number)
