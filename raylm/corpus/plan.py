@@ -10,6 +10,7 @@ from typing import Any
 
 from raylm.corpus.sources import STREAM_UNIT_BYTES, Unit, list_files, plan_units
 from raylm.errors import InputError
+from raylm.models import located
 from raylm.settings import CorpusSettings, Settings
 from raylm.storage import StoragePath, fingerprint
 
@@ -144,7 +145,8 @@ def _plan(settings: Settings, units: list[Unit]) -> Plan:
         for number, source in enumerate(corpus.decontaminate.against)
         for file in list_files(source, f"corpus.decontaminate.against[{number}]")
     ]
-    start_from = corpus.tokenizer.start_from or settings.model.start_from
+    named = corpus.tokenizer.start_from or settings.model.start_from
+    start_from = located(named) if named else None
     tokenizer = StoragePath(start_from) / "tokenizer.json" if start_from else None
     return Plan(
         corpus=corpus,
