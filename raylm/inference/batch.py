@@ -7,8 +7,8 @@ done, plan its chunks, answer those that are not done, put the parts together, w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from raylm import errors
 from raylm.errors import RaylmError, SettingsError
@@ -19,16 +19,19 @@ from raylm.inference.engines import check_engine
 from raylm.inference.estimate import estimate
 from raylm.inference.io import check_unchanged, list_inputs
 from raylm.inference.model import ModelInfo, absolute
-from raylm.inference.prompts import prompt_for
+from raylm.inference.prompts import Prompt, prompt_for
 from raylm.inference.results import assemble
 from raylm.inference.workers import REQUESTS, answer_on_actors, answer_through_service, plan_workers
 from raylm.prices import cost, hourly_price
 from raylm.progress import Progress
-from raylm.settings import BatchSettings, Settings, model_directory
+from raylm.settings import BatchSettings, DecodeSettings, Settings, model_directory
 from raylm.settings.inference import CheckSettings
 from raylm.settings.section import is_within, limit_text
 from raylm.storage import MANIFEST, Manifest, Stopwatch, at_once
 from raylm.tasks import Task
+
+if TYPE_CHECKING:
+    from raylm.inference.service.client import ServiceClient
 
 
 def run_batch(
@@ -72,27 +75,17 @@ def run_batch(
     target = output_place(input, files, task, output)
     columns = dict(columns or {})
     wording = to, source_language, settings.batch.prompt, settings.batch.system
-    service = None
-    decode = settings.batch.decode
-    if through == "serve":
-        if connect:
-            connect()
-        from raylm.inference.service.client import ServiceClient  # imports Ray, whose environment `connect` may set
-
-        service = ServiceClient.connect(model)
-        info, decode, prompt = service.model, service.decode, service.prompt_for(task, *wording)
-    else:
-        info = ModelInfo.load(model or absolute(model_directory(settings)))
-        prompt = prompt_for(info, task, *wording)
+    answerer = _served(task, model, wording, connect) if through == "serve" else _loaded(settings, task, model, wording)
+    prompt = answerer.prompt
     unknown = sorted(columns.keys() - set(prompt.fields))
     if unknown:
         raise SettingsError(
             f"a column is named for {', '.join(unknown)}, but the prompt reads {', '.join(prompt.fields)}"
         )
     asked = {"prompt": asdict(prompt) | {"fields": list(prompt.fields)}, "columns": columns, "limit": limit}
-    key = job_key(files, info.fingerprint, decode, asked)
+    key = job_key(files, answerer.model.fingerprint, answerer.decode, asked)
     if dry_run:
-        return estimate(settings.batch, info, prompt, files, columns, limit)
+        return estimate(settings.batch, answerer.model, prompt, files, columns, limit)
     outputs = output_files(target, files, input)
     finished = finished_manifest(target, key, outputs)
     if finished and not (overwrite and _lacks_check(finished, settings.batch.check)):
@@ -100,42 +93,19 @@ def run_batch(
         return finished
 
     with claimed_output(target, key, overwrite) as work:
-        batch = settings.batch.model_copy(update={"decode": decode})
+        batch = settings.batch.model_copy(update={"decode": answerer.decode})
         job = plan_job(files, prompt, columns, limit, batch, work, key)
         if batch.check:
             check_references(job, batch.check)
         left = job.unfinished()
-        workers: int | tuple[int, int] = 0
-        price = None
-        done: Iterator[dict[str, Any]] = iter(())
-        if left and service:
-            workers, done = REQUESTS, answer_through_service(job, left, service.answer)
-        elif left:
-            if connect:
-                connect()
-            bounds, device = plan_workers(batch.workers, len(left), settings.topology)
-            check_engine(info, decode, device)
-            workers = bounds[0] if bounds[0] == bounds[1] else bounds
-            done = answer_on_actors(job, left, info.uri, decode, bounds, device)
-        if left:
-            price = hourly_price(settings.prices)
+        workers, done = _begun(job, left, answerer, settings, connect)
+        price = hourly_price(settings.prices) if left else None
         _follow(job, left, done, batch.max_errors, price)
         checked = check_answers(job, batch.check) if batch.check else {}
         check_unchanged(files)
-        manifest = assemble(job, files, outputs, target, work, has_machines=bool(left) and service is None)
-        manifest.settings = {
-            "key": key,
-            **asked,
-            "columns": dict(zip(prompt.fields, job.columns[0], strict=True)),
-            "to": to,
-            "model": info.where,
-            "model_fingerprint": info.fingerprint,
-            "decode": decode.model_dump(),
-            "chunk_rows": batch.chunk_rows,
-            "check": batch.check.model_dump() if batch.check else None,
-            "through": through,
-            "workers": workers,
-        }
+        manifest = assemble(job, files, outputs, target, work, has_machines=bool(left) and answerer.service is None)
+        told = {"key": key, **asked, "to": to, "through": through, "workers": workers}
+        manifest.settings = told | _recorded(job, answerer, batch)
         _add_speed(manifest, job, left, watch, price)
         manifest.metrics |= checked
         manifest.write(work)
@@ -143,6 +113,63 @@ def run_batch(
             if place.name not in (MANIFEST, LOCK):
                 place.delete()
     return manifest
+
+
+@dataclass(frozen=True)
+class _Answerer:
+    """What answers a job: a model, the way it decodes, and the prompt that it is given."""
+
+    model: ModelInfo
+    decode: DecodeSettings
+    prompt: Prompt
+    service: ServiceClient | None = None
+    """Where the model runs, if not on actors of the job's own."""
+
+
+_Wording = tuple[str | None, str | None, str | None, str | None]
+"""The target language, the source's, and the prompt and the system message of the user's own."""
+
+
+def _loaded(settings: Settings, task: Task, model: str | None, wording: _Wording) -> _Answerer:
+    info = ModelInfo.load(model or absolute(model_directory(settings)))
+    return _Answerer(info, settings.batch.decode, prompt_for(info, task, *wording))
+
+
+def _served(task: Task, model: str | None, wording: _Wording, connect: Callable[[], object] | None) -> _Answerer:
+    if connect:
+        connect()
+    from raylm.inference.service.client import ServiceClient  # imports Ray, whose environment `connect` may set
+
+    service = ServiceClient.connect(model)
+    return _Answerer(service.model, service.decode, service.prompt_for(task, *wording), service)
+
+
+def _begun(
+    job: Job, left: list[Chunk], answerer: _Answerer, settings: Settings, connect: Callable[[], object] | None
+) -> tuple[int | tuple[int, int], Iterator[dict[str, Any]]]:
+    """How many workers there are for the chunks that are left, and the counts of each chunk as it gets done."""
+    if not left:
+        return 0, iter(())
+    if answerer.service:
+        return REQUESTS, answer_through_service(job, left, answerer.service.answer)
+    if connect:
+        connect()
+    bounds, device = plan_workers(settings.batch.workers, len(left), settings.topology)
+    check_engine(answerer.model, answerer.decode, device)
+    done = answer_on_actors(job, left, answerer.model.uri, answerer.decode, bounds, device)
+    return bounds[0] if bounds[0] == bounds[1] else bounds, done
+
+
+def _recorded(job: Job, answerer: _Answerer, batch: BatchSettings) -> dict[str, Any]:
+    """What the manifest says of how a job was done."""
+    return {
+        "columns": dict(zip(job.prompt.fields, job.columns[0], strict=True)),
+        "model": answerer.model.where,
+        "model_fingerprint": answerer.model.fingerprint,
+        "decode": answerer.decode.model_dump(),
+        "chunk_rows": batch.chunk_rows,
+        "check": batch.check.model_dump() if batch.check else None,
+    }
 
 
 def _follow(
