@@ -54,16 +54,19 @@ def up(path: Path) -> None:
     :raises SettingsError: the file has errors, as `raylm cluster check` finds them, or is not for Ray's launcher.
     :raises RaylmError: Ray's launcher fails; what it said is above.
     """
-    _launchable(path)
+    _launchers_file(path, "apply")
+    _ensure_token()
+    _refuse_errors(path)
     _ray("up", "-y", "--no-config-cache", str(path))
 
 
 def down(path: Path) -> None:
     """End a cluster with all its machines.
 
+    :raises SettingsError: the file is not for Ray's launcher.
     :raises RaylmError: Ray's launcher fails, and what it said is above; or Ray runs on where it cannot be stopped.
     """
-    cluster = read(path)
+    cluster = _launchers_file(path, "delete")
     if cluster.provider == "local":
         _stop_ray(cluster)
     _ray("down", "-y", str(path))
@@ -87,7 +90,9 @@ def run(
         printed.append(text)
         echo(text)
 
-    cluster = _launchable(path)
+    cluster = _launchers_file(path, "apply")
+    _ensure_token()
+    _refuse_errors(path)
     if _is_up(cluster):
         raise RaylmError(
             f"{path}: its cluster is up already, and would end with the job; `raylm submit` runs a job on it,"
@@ -113,21 +118,23 @@ def run(
 # -------------------------------------------------------------------------------------------- helpers
 
 
-def _launchable(path: Path) -> ClusterFile:
-    """A file that Ray's launcher may be given, after making the token that its cluster will ask for.
+def _launchers_file(path: Path, verb: str) -> ClusterFile:
+    """A file that is for Ray's launcher.
 
-    :raises SettingsError: it has errors, as `raylm cluster check` finds them, or is not for Ray's launcher.
+    :param verb: what `kubectl` would do with another one.
+    :raises SettingsError: it is for KubeRay.
     """
     cluster = read(path)
     if cluster.provider == "kuberay":
-        raise SettingsError(
-            f"{path}: pods are made by KubeRay: raylm render --to raycluster {path} | kubectl apply -f -"
-        )
-    _ensure_token()
+        raise SettingsError(f"{path}: pods are KubeRay's: raylm render --to raycluster {path} | kubectl {verb} -f -")
+    return cluster
+
+
+def _refuse_errors(path: Path) -> None:
+    """:raises SettingsError: a file has errors, as `raylm cluster check` finds them."""
     errors = [str(finding) for finding in check([path]) if finding.is_error]
     if errors:
         raise SettingsError("\n".join([f"{path} has {len(errors)} errors; nothing was launched", *errors]))
-    return cluster
 
 
 def _is_up(cluster: ClusterFile) -> bool:

@@ -128,5 +128,7 @@ def test_a_file_with_errors_is_not_launched(tmp_path: Path, monkeypatch: pytest.
     assert found.exit_code == 1
     assert "has 1 errors; nothing was launched" in found.output
     assert "metadata.raylm.pretrian: error: unknown key; did you mean 'pretrain'?" in found.output
-    pods = CliRunner().invoke(main, ["up", str(CLUSTERS / "kuberay.yaml")])
-    assert pods.exit_code == 1 and "raylm render --to raycluster" in pods.output
+    for command, verb in (("up", "apply"), ("down", "delete")):
+        pods = CliRunner().invoke(main, [command, str(CLUSTERS / "kuberay.yaml")])
+        assert pods.exit_code == 1 and "raylm: error: " in pods.output
+        assert f"raylm render --to raycluster {CLUSTERS}/kuberay.yaml | kubectl {verb} -f -" in pods.output
