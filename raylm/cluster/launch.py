@@ -21,6 +21,7 @@ from raylm.auth import ensure_token
 from raylm.cluster.check import check
 from raylm.cluster.file import ClusterFile, read
 from raylm.cluster.jobs import Ended, connect, submit
+from raylm.cluster.providers import ENDING
 from raylm.cluster.tunnel import dashboard, ray_program
 from raylm.errors import RaylmError, SettingsError, first_line
 from raylm.settings import JobSettings, load
@@ -57,7 +58,10 @@ def up(path: Path) -> None:
     _launchers_file(path, "apply")
     _ensure_token()
     _refuse_errors(path)
-    _ray("up", "-y", "--no-config-cache", str(path))
+    try:
+        _ray("up", "-y", "--no-config-cache", str(path))
+    except RaylmError as error:
+        raise RaylmError(f"{error}; its head may run: raylm down {path}") from error
 
 
 def down(path: Path) -> None:
@@ -69,7 +73,7 @@ def down(path: Path) -> None:
     cluster = _launchers_file(path, "delete")
     if cluster.provider == "local":
         _stop_ray(cluster)
-    _ray("down", "-y", str(path))
+    _ray("down", "-y", str(path), **{ENDING: "1"})
 
 
 def run(
@@ -98,9 +102,14 @@ def run(
             f"{path}: its cluster is up already, and would end with the job; `raylm submit` runs a job on it,"
             f" `raylm down {path}` ends it"
         )
+    is_there = True
     with _stoppable():
         try:
-            _ray("up", "-y", "--no-config-cache", str(path))
+            try:
+                _ray("up", "-y", "--no-config-cache", str(path))
+            except RaylmError:
+                is_there = _may_be_up(cluster)
+                raise
             with dashboard(cluster) as address:
                 client = connect(address)
                 ended = submit(client, script, arguments, settings.job, heard, note, _OUT_OF_REACH_S)
@@ -109,7 +118,8 @@ def run(
         finally:
             with _unstoppable():
                 try:
-                    _end(path, note)
+                    if is_there:
+                        _end(path, note)
                 finally:
                     _keep_output(StoragePath(settings.storage) / "jobs" / f"{name}.log", printed, note)
     return ended
@@ -157,6 +167,14 @@ def _is_up(cluster: ClusterFile) -> bool:
         ) from error
     # Of machines of one's own, the provider knows what was done from this one alone.
     return bool(begun) or _on_head(cluster, _HEAD_RUNS).returncode == 0
+
+
+def _may_be_up(cluster: ClusterFile) -> bool:
+    """Whether there may be something to end after a launch that failed."""
+    try:
+        return _is_up(cluster)
+    except RaylmError:
+        return True
 
 
 def _end(path: Path, note: Callable[[str], None]) -> None:
@@ -264,8 +282,8 @@ def _ensure_token() -> None:
     ensure_token(_TOKEN.expanduser())
 
 
-def _ray(*words: str) -> None:
-    done = subprocess.run([ray_program(), *words], stdin=subprocess.DEVNULL, check=False)
+def _ray(*words: str, **environment: str) -> None:
+    done = subprocess.run([ray_program(), *words], stdin=subprocess.DEVNULL, env=os.environ | environment, check=False)
     if done.returncode:
         raise RaylmError(f"ray {' '.join(words)} failed with exit code {done.returncode}")
 

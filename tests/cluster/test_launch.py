@@ -78,6 +78,16 @@ def test_a_cluster_ends_when_its_command_is_stopped(unlaunched: Cluster) -> None
     assert log.name.startswith("job-stopped-") and "at work\n" in log.read_text()
 
 
+def test_a_setup_that_fails_is_told_with_how_to_end_what_it_left(unlaunched: Cluster) -> None:
+    values = yaml.safe_load(unlaunched.file.read_text())
+    unlaunched.file.write_text(yaml.safe_dump(values | {"setup_commands": ["exit 3"]}))
+    found = unlaunched.raylm("up", str(unlaunched.file))
+    assert found.returncode == 1 and f"; its head may run: raylm down {unlaunched.file}\n" in found.stderr
+    assert unlaunched.provider.non_terminated_nodes({})
+    assert unlaunched.raylm("down", str(unlaunched.file)).returncode == 0
+    assert unlaunched.provider.non_terminated_nodes({}) == []
+
+
 _COLLECT = """
 import sys
 from raylm.cluster import launch
