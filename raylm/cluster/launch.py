@@ -21,6 +21,7 @@ from raylm.auth import ensure_token
 from raylm.cluster.check import check
 from raylm.cluster.file import ClusterFile, read
 from raylm.cluster.jobs import Ended, connect, submit
+from raylm.cluster.providers import ENDING
 from raylm.cluster.tunnel import dashboard, ray_program
 from raylm.errors import RaylmError, SettingsError, first_line
 from raylm.settings import JobSettings, load
@@ -54,19 +55,25 @@ def up(path: Path) -> None:
     :raises SettingsError: the file has errors, as `raylm cluster check` finds them, or is not for Ray's launcher.
     :raises RaylmError: Ray's launcher fails; what it said is above.
     """
-    _launchable(path)
-    _ray("up", "-y", "--no-config-cache", str(path))
+    _launchers_file(path, "apply")
+    _ensure_token()
+    _refuse_errors(path)
+    try:
+        _ray("up", "-y", "--no-config-cache", str(path))
+    except RaylmError as error:
+        raise RaylmError(f"{error}; its head may run: raylm down {path}") from error
 
 
 def down(path: Path) -> None:
     """End a cluster with all its machines.
 
+    :raises SettingsError: the file is not for Ray's launcher.
     :raises RaylmError: Ray's launcher fails, and what it said is above; or Ray runs on where it cannot be stopped.
     """
-    cluster = read(path)
+    cluster = _launchers_file(path, "delete")
     if cluster.provider == "local":
         _stop_ray(cluster)
-    _ray("down", "-y", str(path))
+    _ray("down", "-y", str(path), **{ENDING: "1"})
 
 
 def run(
@@ -87,15 +94,22 @@ def run(
         printed.append(text)
         echo(text)
 
-    cluster = _launchable(path)
+    cluster = _launchers_file(path, "apply")
+    _ensure_token()
+    _refuse_errors(path)
     if _is_up(cluster):
         raise RaylmError(
             f"{path}: its cluster is up already, and would end with the job; `raylm submit` runs a job on it,"
             f" `raylm down {path}` ends it"
         )
+    is_there = True
     with _stoppable():
         try:
-            _ray("up", "-y", "--no-config-cache", str(path))
+            try:
+                _ray("up", "-y", "--no-config-cache", str(path))
+            except RaylmError:
+                is_there = _may_be_up(cluster)
+                raise
             with dashboard(cluster) as address:
                 client = connect(address)
                 ended = submit(client, script, arguments, settings.job, heard, note, _OUT_OF_REACH_S)
@@ -104,7 +118,8 @@ def run(
         finally:
             with _unstoppable():
                 try:
-                    _end(path, note)
+                    if is_there:
+                        _end(path, note)
                 finally:
                     _keep_output(StoragePath(settings.storage) / "jobs" / f"{name}.log", printed, note)
     return ended
@@ -113,21 +128,23 @@ def run(
 # -------------------------------------------------------------------------------------------- helpers
 
 
-def _launchable(path: Path) -> ClusterFile:
-    """A file that Ray's launcher may be given, after making the token that its cluster will ask for.
+def _launchers_file(path: Path, verb: str) -> ClusterFile:
+    """A file that is for Ray's launcher.
 
-    :raises SettingsError: it has errors, as `raylm cluster check` finds them, or is not for Ray's launcher.
+    :param verb: what `kubectl` would do with another one.
+    :raises SettingsError: it is for KubeRay.
     """
     cluster = read(path)
     if cluster.provider == "kuberay":
-        raise SettingsError(
-            f"{path}: pods are made by KubeRay: raylm render --to raycluster {path} | kubectl apply -f -"
-        )
-    _ensure_token()
+        raise SettingsError(f"{path}: pods are KubeRay's: raylm render --to raycluster {path} | kubectl {verb} -f -")
+    return cluster
+
+
+def _refuse_errors(path: Path) -> None:
+    """:raises SettingsError: a file has errors, as `raylm cluster check` finds them."""
     errors = [str(finding) for finding in check([path]) if finding.is_error]
     if errors:
         raise SettingsError("\n".join([f"{path} has {len(errors)} errors; nothing was launched", *errors]))
-    return cluster
 
 
 def _is_up(cluster: ClusterFile) -> bool:
@@ -150,6 +167,14 @@ def _is_up(cluster: ClusterFile) -> bool:
         ) from error
     # Of machines of one's own, the provider knows what was done from this one alone.
     return bool(begun) or _on_head(cluster, _HEAD_RUNS).returncode == 0
+
+
+def _may_be_up(cluster: ClusterFile) -> bool:
+    """Whether there may be something to end after a launch that failed."""
+    try:
+        return _is_up(cluster)
+    except RaylmError:
+        return True
 
 
 def _end(path: Path, note: Callable[[str], None]) -> None:
@@ -257,8 +282,8 @@ def _ensure_token() -> None:
     ensure_token(_TOKEN.expanduser())
 
 
-def _ray(*words: str) -> None:
-    done = subprocess.run([ray_program(), *words], stdin=subprocess.DEVNULL, check=False)
+def _ray(*words: str, **environment: str) -> None:
+    done = subprocess.run([ray_program(), *words], stdin=subprocess.DEVNULL, env=os.environ | environment, check=False)
     if done.returncode:
         raise RaylmError(f"ray {' '.join(words)} failed with exit code {done.returncode}")
 

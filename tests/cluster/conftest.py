@@ -70,9 +70,15 @@ class Cluster:
         self.environment.pop("RAY_ADDRESS", None)
         self.provider = ProcessNodeProvider(values["provider"], self.name)
 
+    def raylm(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return self._run([sys.executable, "-m", "raylm", *words])
+
     def ray(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self._run([str(Path(sys.executable).parent / "ray"), *words], **environment)
+
+    def _run(self, command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [str(Path(sys.executable).parent / "ray"), *words], env=self.environment | environment,
+            command, env=self.environment | environment,
             cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
 

@@ -108,6 +108,7 @@ def test_what_is_made_is_closed_and_has_few_rights(aws: dict[str, str], tmp_path
     refused = command(aws, "raylm", "run", str(path), "jobs/pretrain.py")
     assert refused.returncode == 1 and "its cluster is up already, and would end with the job" in refused.stderr
     assert len(instances(aws)) == 1
+    client(aws, "ssm").delete_parameter(Name=PARAMETER)  # the workers' image is known nowhere now
     down = command(aws, "raylm", "down", str(path))
     assert down.returncode == 0, down.stdout[-3_000:] + down.stderr[-3_000:]
     assert instances(aws) == []
@@ -132,3 +133,6 @@ def test_an_image_that_nobody_keeps_is_named(aws: dict[str, str], tmp_path: Path
     assert "node_config.ImageId: resolve:ssm:/raylm/imagf: " in found.stderr
     assert "Traceback" not in found.stderr
     assert instances(aws) == []
+    ran = command(aws, "raylm", "run", str(path), "jobs/pretrain.py")
+    assert ran.returncode == 1 and "raylm: error: ray up " in ran.stderr
+    assert "trying again" not in ran.stderr and "may still run" not in ran.stderr, "there is nothing to end"

@@ -78,6 +78,16 @@ def test_a_cluster_ends_when_its_command_is_stopped(unlaunched: Cluster) -> None
     assert log.name.startswith("job-stopped-") and "at work\n" in log.read_text()
 
 
+def test_a_setup_that_fails_is_told_with_how_to_end_what_it_left(unlaunched: Cluster) -> None:
+    values = yaml.safe_load(unlaunched.file.read_text())
+    unlaunched.file.write_text(yaml.safe_dump(values | {"setup_commands": ["exit 3"]}))
+    found = unlaunched.raylm("up", str(unlaunched.file))
+    assert found.returncode == 1 and f"; its head may run: raylm down {unlaunched.file}\n" in found.stderr
+    assert unlaunched.provider.non_terminated_nodes({})
+    assert unlaunched.raylm("down", str(unlaunched.file)).returncode == 0
+    assert unlaunched.provider.non_terminated_nodes({}) == []
+
+
 _COLLECT = """
 import sys
 from raylm.cluster import launch
@@ -128,5 +138,7 @@ def test_a_file_with_errors_is_not_launched(tmp_path: Path, monkeypatch: pytest.
     assert found.exit_code == 1
     assert "has 1 errors; nothing was launched" in found.output
     assert "metadata.raylm.pretrian: error: unknown key; did you mean 'pretrain'?" in found.output
-    pods = CliRunner().invoke(main, ["up", str(CLUSTERS / "kuberay.yaml")])
-    assert pods.exit_code == 1 and "raylm render --to raycluster" in pods.output
+    for command, verb in (("up", "apply"), ("down", "delete")):
+        pods = CliRunner().invoke(main, [command, str(CLUSTERS / "kuberay.yaml")])
+        assert pods.exit_code == 1 and "raylm: error: " in pods.output
+        assert f"raylm render --to raycluster {CLUSTERS}/kuberay.yaml | kubectl {verb} -f -" in pods.output

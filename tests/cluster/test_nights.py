@@ -46,7 +46,7 @@ def test_a_night_is_served_by_machines_that_come_for_it(tmp_path: Path, small_se
             "batch": {"chunk_rows": 64},
         }
 
-    cluster = Cluster(tmp_path, small_settings, "127.77.9", with_nights)
+    cluster = Cluster(tmp_path, small_settings, "127.77.10", with_nights)
     address = f"http://127.0.0.1:{cluster.dashboard}"
     with cluster.running():
         assert cluster.workers() == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import boto3
@@ -10,6 +11,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME, TAG_RAY_USER_NODE_TYPE
 
+from raylm.cluster.providers import ENDING
 from raylm.cluster.providers.spot import SpotFallback
 from raylm.errors import first_line
 
@@ -24,11 +26,11 @@ class AwsProvider(SpotFallback, AWSNodeProvider):  # type: ignore[misc]
     def bootstrap_config(cls, cluster_config: dict[str, Any]) -> dict[str, Any]:
         """As the bases do it, with images in the place of their parameters: workers get the ones that the head got.
 
-        Those of machines that run stay: Ray ends a head whose image is another one.
+        Those of machines that run stay: Ray ends a head whose image is another one. What ends a cluster needs none.
 
         :raises click.ClickException: there is no such parameter, or it may not be read; Ray's command line tells it so.
         """
-        return super().bootstrap_config(_with_images(cluster_config))
+        return super().bootstrap_config(cluster_config if ENDING in os.environ else _with_images(cluster_config))
 
 
 def _with_images(config: dict[str, Any]) -> dict[str, Any]:
