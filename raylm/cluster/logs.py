@@ -42,7 +42,6 @@ def collect(place: StoragePath) -> Collected:
     machines, missed = [], {}
     for address, task in tasks.items():
         if task in late:
-            ray.cancel(task, force=True)
             missed[address] = f"not written within {_PATIENCE_S:.0f} s"
             continue
         try:
