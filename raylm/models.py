@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 Architecture = Literal["encoder-decoder", "decoder", "encoder"]
 
-# (width, layers, feed-forward width, heads); an encoder-decoder has two thirds of its layers in the encoder at
-# `tiny` and half above. Widths are multiples of 16 from `small` on, as tensor cores want them.
+# (width, layers, feed-forward width, heads); an encoder-decoder has so many layers in each of the two, at `tiny` one
+# less in the decoder. Widths are multiples of 16 from `small` on, as tensor cores want them.
 _SIZES: dict[str, tuple[int, int, int, int]] = {
     "tiny": (144, 3, 512, 4),
     "small": (256, 6, 1_024, 8),
@@ -336,7 +336,9 @@ def check_model_directory(path: str | os.PathLike[str]) -> Path:
         raise ArtifactError(f"model {directory}: not a model directory, config.json is missing")
     weights = [*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")]
     if not weights:
-        raise ArtifactError(f"model {directory}: not a model directory, there are no *.safetensors weights")
+        raise ArtifactError(
+            f"model {directory}: not a model directory, there are no weights, *.safetensors or pytorch_model*.bin"
+        )
     return directory
 
 

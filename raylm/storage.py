@@ -260,7 +260,7 @@ class StoragePath:
             (self / file.name).upload(file)
 
     def at_hand(self) -> Path:
-        """This file, or this directory with its files, on local disk: itself, or a copy.
+        """This file, or this directory with the files in it, on local disk: itself, or a copy.
 
         A copy is made once on a machine, and again when what is on storage has changed.
 
@@ -276,10 +276,10 @@ class StoragePath:
         copies = cache_directory() / "copies"
         copies.mkdir(parents=True, exist_ok=True)
         place = copies / f"{self.name}-{fingerprint([self.uri, versions])}"
-        with place.with_suffix(".lock").open("w") as lock:
+        with Path(f"{place}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # others wait for the first; the system frees it if that one dies
             if not place.is_dir():
-                partial = place.with_suffix(".partial")
+                partial = Path(f"{place}.partial")
                 shutil.rmtree(partial, ignore_errors=True)
                 for file, _ in files:
                     file.download(partial / file.name)

@@ -12,7 +12,8 @@ from raylm.errors import ArtifactError
 from raylm.settings import ModelSettings, Settings
 from raylm.storage import StoragePath
 from raylm.training.runs import run_directory
-from raylm.training.trainer import load_trained, pretrain
+from raylm.training.trained import load_trained
+from raylm.training.trainer import pretrain
 from tests.training.runs import changed, losses
 
 CONFIG = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 4,

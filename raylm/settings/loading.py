@@ -121,7 +121,7 @@ def _parse_override(override: str) -> dict[str, Any]:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise SettingsError(f"--set {override}: the value is not YAML") from error
-    # YAML 1.1 reads `2e-3` as text; no setting wants such a text where a number would do.
+    # YAML 1.1 reads `2e-3` as text.
     if isinstance(parsed, str) and parsed and parsed[0] in "0123456789.+-":
         with contextlib.suppress(ValueError):
             parsed = float(parsed)

@@ -16,7 +16,7 @@ from raylm.training.generation import HeldOut, answers, read_held_out
 from raylm.training.labels import check_labels, label_counts
 from raylm.training.runs import MODEL, corpus_fingerprint, prepared_corpus, run_directory, settings_of
 from raylm.training.start import check_tokenizer
-from raylm.training.trainer import load_trained
+from raylm.training.trained import load_trained
 
 _SAMPLES = 3
 

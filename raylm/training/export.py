@@ -16,7 +16,7 @@ from raylm.tasks import CLASSIFY, GENERATE, LEARNED, SUMMARIZE, TASKS, TRANSLATE
 from raylm.training import checkpoint as checkpoints
 from raylm.training.examples import sequence_length
 from raylm.training.runs import prepared_corpus, run_directory, settings_of, sources_of
-from raylm.training.trainer import save_model
+from raylm.training.trained import save_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -162,8 +162,6 @@ def _write_generation_config(directory: Path, config: PretrainedConfig, max_toke
 
     tokenizer = models.load_tokenizer(str(directory))
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-    # What a decoder writes stands behind what it reads: a bound on both together would be none on the answer.
-    length = "max_new_tokens" if models.architecture(config) == "decoder" else "max_length"
     GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=end,
@@ -171,7 +169,7 @@ def _write_generation_config(directory: Path, config: PretrainedConfig, max_toke
         decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
         bad_words_ids=[[pad]] if pad != end else None,
         num_beams=beam_size,
-        **{length: max_tokens},
+        max_new_tokens=max_tokens,
     ).save_pretrained(directory)
 
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raylm import models
 from raylm.errors import ArtifactError, TrainingError
 from raylm.lease import held
 from raylm.progress import Progress, note
 from raylm.settings import FinetuneSettings, PretrainSettings, Settings
-from raylm.settings.training import LoraSettings
 from raylm.storage import Manifest, Stopwatch, StoragePath, fingerprint
 from raylm.tasks import CLASSIFY
 from raylm.training import checkpoint as checkpoints
-from raylm.training.average import averaged_weights
 from raylm.training.groups import choose_width, train_in_groups
 from raylm.training.job import TrainingJob
 from raylm.training.labels import label_names
@@ -36,10 +33,7 @@ from raylm.training.runs import (
 from raylm.training.start import Start
 from raylm.training.streaming import PLACE, RECORD, TokenStream
 from raylm.training.telemetry import read_metrics
-from raylm.training.zero import whole_weights
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from raylm.training.trained import save_model
 
 _LOCK = "lock.json"
 """Below a run: who trains it; two would remove each other's checkpoints."""
@@ -68,57 +62,6 @@ def finetune(settings: Settings) -> Manifest:
             f"run {parent}: pretraining has not finished; run `raylm pretrain`, or set finetune.start=scratch"
         )
     return _run(settings, settings.finetune, parent)
-
-
-def load_trained(run: StoragePath) -> tuple[PreTrainedModel, checkpoints.Checkpoint]:
-    """The model of a run's best checkpoint, in fp32 on the CPU, and that checkpoint.
-
-    :raises ArtifactError: the run has no sound checkpoint.
-    """
-    import torch
-
-    best = checkpoints.best(run)
-    config = models.load_config((run / MODEL).address)
-    local = best.localize()
-    try:
-        weights, averages = whole_weights(local, best.manifest.settings["zero_stage"]), averaged_weights(local)
-    finally:
-        if not best.directory.is_local:
-            shutil.rmtree(local, ignore_errors=True)
-    model = models.build_model(config, seed=0)
-    lora = best.manifest.settings.get("lora")
-    if lora:
-        model = models.with_lora(model, LoraSettings.model_validate(lora))
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    model.load_state_dict(averages, strict=False)  # of what was trained, where they are kept
-    model.tie_weights()
-    # Tied weights are stored once, and fixed ones (sinusoidal positions) follow from the config.
-    learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad or lora}
-    lost = sorted(learned & set(missing))
-    if lost or unexpected:
-        raise ArtifactError(
-            f"checkpoint {best.directory}: its weights do not fit the run's model: "
-            f"missing {lost[:3]}, unexpected {sorted(unexpected)[:3]}"
-        )
-    model = models.merged(model.to(torch.float32)) if lora else model.to(torch.float32)
-    model.config.use_cache = True
-    return model.eval(), best
-
-
-def save_model(run: StoragePath, directory: Path) -> checkpoints.Checkpoint:
-    """Write a run's best checkpoint in Hugging Face layout: weights, config, tokenizer."""
-    from transformers.utils import logging
-
-    model, best = load_trained(run)
-    logging.disable_progress_bar()  # for a file that is written in a second
-    model.save_pretrained(directory)
-    for file, _ in (run / MODEL).list():
-        if file.name != "config.json":
-            file.download(directory / file.name)
-    return best
-
-
-# ------------------------------------------------------------------------------------------- the run
 
 
 def _run(

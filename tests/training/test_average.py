@@ -15,7 +15,7 @@ from raylm.training import checkpoint as checkpoints
 from raylm.training.average import EVERY, averaged_weights, deal
 from raylm.training.job import TrainingJob
 from raylm.training.telemetry import read_metrics
-from raylm.training.trainer import load_trained
+from raylm.training.trained import load_trained
 from raylm.training.zero import whole_weights
 from tests.training.runs import losses, train_jobs
 

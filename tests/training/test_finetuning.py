@@ -28,7 +28,8 @@ from raylm.training.export import export
 from raylm.training.generation import classify, generate, padded
 from raylm.training.runs import run_directory
 from raylm.training.telemetry import read_metrics
-from raylm.training.trainer import finetune, load_trained, pretrain
+from raylm.training.trained import load_trained
+from raylm.training.trainer import finetune, pretrain
 from tests.training.runs import changed, losses, on_workers
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}

@@ -20,7 +20,8 @@ from raylm.training.batches import Shards, TokenLists
 from raylm.training.generation import answers, read_held_out
 from raylm.training.runs import run_directory
 from raylm.training.telemetry import read_metrics
-from raylm.training.trainer import finetune, load_trained, pretrain
+from raylm.training.trained import load_trained
+from raylm.training.trainer import finetune, pretrain
 from tests.training.runs import changed
 
 

@@ -18,7 +18,8 @@ from raylm.training import checkpoint as checkpoints
 from raylm.training.job import TrainingJob
 from raylm.training.record import DATA
 from raylm.training.runs import run_directory
-from raylm.training.trainer import finetune, load_trained, pretrain
+from raylm.training.trained import load_trained
+from raylm.training.trainer import finetune, pretrain
 from tests.training.runs import changed, gradient_norms, losses, train_jobs
 
 
