@@ -16,8 +16,9 @@ import pytest
 
 from raylm import lease
 from raylm.errors import OutputError
+from raylm.inference import watchdog
 from raylm.inference.claim import LOCK, claimed_output
-from raylm.inference.quarantine import HUNG, STOPPED_WORKER, Tries
+from raylm.inference.quarantine import HUNG, STOPPED_WORKER
 from raylm.storage import Manifest, StoragePath
 from tests.conftest import REPOSITORY
 
@@ -90,7 +91,7 @@ from raylm.storage import Manifest, StoragePath
 place = StoragePath(sys.argv[1])
 tries = Tries.note_one(place)
 if not tries.is_careful:
-    with watchdog.watching(0.5, Tries.mark(place)):
+    with watchdog.watching(0.5, watchdog.mark_of(place)):
         re.match("(a+)+$", "a" * 60 + "b")
 print(tries)
 """
@@ -102,7 +103,7 @@ def test_a_worker_that_hangs_ends_itself_and_says_where(tmp_path: Path) -> None:
     start = time.monotonic()
     hung = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
     assert hung.returncode == 1 and time.monotonic() - start < 30
-    mark = Tries.mark(StoragePath(str(place)))
+    mark = watchdog.mark_of(StoragePath(str(place)))
     assert "Timeout" in mark.read_text() and 'File "<string>", line 10' in mark.read_text()
     careful = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
     assert "begun=3" in careful.stdout, careful.stderr
