@@ -138,8 +138,10 @@ def dry_run(settings: Settings, stage: Literal["pretrain", "finetune"]) -> Estim
     corpus = Manifest.read(tokens)
     if corpus is None:
         notes.append(f"{tokens} is not prepared: taken as the settings say, with a vocabulary as large as they allow")
-    start, objective, lengths = check_start(settings, training, corpus, notes)
-    start = _headed(start, objective, tokens if corpus else None, notes)
+    planned = check_start(settings, training, corpus)
+    notes += planned.notes
+    objective, lengths = planned.objective, planned.lengths
+    start = _headed(planned.start, objective, tokens if corpus else None, notes)
     model = _model(settings, training, start)
     trained = models.parameter_count(model)
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trained

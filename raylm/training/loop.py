@@ -158,14 +158,7 @@ class _Worker:
             self._setup.average.update(step + 1)
         if self._record:
             self._record.add(step + 1, *result.tally[1:])
-        window.add(
-            result.loss_sum,
-            result.target_tokens,
-            result.padded_tokens,
-            result.real_tokens,
-            result.flops,
-            result.skipped,
-        )
+        window.add(result)
         return result
 
     def _note_window(self, step: int) -> None:

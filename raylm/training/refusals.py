@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raylm import models
@@ -23,26 +24,35 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def check_start(
-    settings: Settings, training: PretrainSettings | FinetuneSettings, corpus: Manifest | None, notes: list[str]
-) -> tuple[Start, str, tuple[int, int]]:
-    """What a run would begin with, its objective, and the padded lengths of its longest sequence: all that a single
-    stack reads and 0, or source and target.
+@dataclass(frozen=True)
+class Planned:
+    """What a run would begin with, and how it would learn.
+
+    :param lengths: padded, of the longest sequence: all that a single stack reads and 0, or source and target.
+    :param notes: what is hardly meant.
+    """
+
+    start: Start
+    objective: str
+    lengths: tuple[int, int]
+    notes: tuple[str, ...]
+
+
+def check_start(settings: Settings, training: PretrainSettings | FinetuneSettings, corpus: Manifest | None) -> Planned:
+    """What a run would begin with.
 
     :param corpus: the manifest of the prepared one, if there is one.
-    :param notes: gets what is hardly meant.
     :raises RaylmError: the run could not learn, or would fail at some step.
     """
-    if corpus:
-        notes += _check_corpus(settings, training.section, corpus)
+    notes = _check_corpus(settings, training.section, corpus) if corpus else []
     length = packed_length(settings, corpus)
     notes += _check_numbers(training, length)
-    start = find_start(settings, training, corpus_directory(settings) if corpus else None, notes)
+    start = find_start(settings, training, corpus_directory(settings) if corpus else None)
     objective = _check_objective(training, start)
     lengths = _padded_lengths(training, objective, start.config.is_encoder_decoder, length)
     check_positions(training, start.config, lengths)
     _check_heads(start.config)
-    return start, objective, lengths
+    return Planned(start, objective, lengths, (*notes, *start.notes))
 
 
 def shortages(storage: StoragePath, resident: int, checkpoint_total: int, on_gpu: bool) -> list[str]:

@@ -20,21 +20,22 @@ class Start:
     """What a run would begin with, before any weights.
 
     :param name: how a person calls the model.
+    :param notes: what is hardly meant.
     """
 
     name: str
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerFast
+    notes: tuple[str, ...] = ()
 
 
-def find_start(
-    settings: Settings, training: PretrainSettings | FinetuneSettings, tokens: StoragePath | None, notes: list[str]
-) -> Start:
+def find_start(settings: Settings, training: PretrainSettings | FinetuneSettings, tokens: StoragePath | None) -> Start:
     """Config and tokenizer of the run: those of the pretrained run, of `model.start_from`, or of a preset.
 
     :param tokens: the prepared corpus, if there is one.
     :raises RaylmError: what the settings name is not there, or `transformers` does not take it.
     """
+    notes: list[str] = []
     parent = run_directory(settings, settings.pretrain.name)
     if isinstance(training, FinetuneSettings) and training.start == "pretrain":
         if Manifest.read(parent) is None:
@@ -44,12 +45,12 @@ def find_start(
             tokenizer = models.load_tokenizer(place)
             if tokens:
                 check_tokenizer(tokens, tokenizer, place)
-            return Start(f"run {parent.name}", models.load_config(place), tokenizer)
+            return Start(f"run {parent.name}", models.load_config(place), tokenizer, tuple(notes))
     path = settings.model.start_from
     if path is None:
         tokenizer = _corpus_tokenizer(settings, tokens)
         name = f"{settings.model.family} {settings.model.size}"
-        return Start(name, _preset(settings, tokenizer), tokenizer)
+        return Start(name, _preset(settings, tokenizer), tokenizer, tuple(notes))
     if settings.model.config:
         notes.append("model.config has no effect on a model that model.start_from names")
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:  # never an id of a hub, which would be asked for it
@@ -57,7 +58,7 @@ def find_start(
     tokenizer = models.load_tokenizer(path)
     if tokens:
         check_tokenizer(tokens, tokenizer, path)
-    return Start(path, models.load_config(path), tokenizer)
+    return Start(path, models.load_config(path), tokenizer, tuple(notes))
 
 
 def check_tokenizer(tokens: StoragePath, tokenizer: PreTrainedTokenizerFast, model: str) -> None:

@@ -21,6 +21,8 @@ from raylm.training.throughput import peak_memory_gb
 if TYPE_CHECKING:
     import torch
 
+    from raylm.training.steps import StepResult
+
 MEANINGS = {
     "step": "optimizer steps done",
     "loss": "mean training loss since the last line, nats per target token",
@@ -56,68 +58,45 @@ class Reporter(Protocol):
 class Window:
     """What happened since the last line of the log.
 
-    :param device: whose memory is told; None tells of none.
+    :param device: whose memory is told.
     :param peak: FLOP/s that all workers together can reach; None tells no utilisation.
     """
 
-    def __init__(self, device: torch.device | None = None, peak: float | None = None) -> None:
+    def __init__(self, device: torch.device, peak: float | None) -> None:
         self._device, self._peak = device, peak
-        self._steps, self._loss_sum, self._target_tokens, self._padded_tokens = 0, 0.0, 0, 0
-        self._skipped = 0
-        self._real_tokens: int | None = None
-        self._flops: float | None = None
+        self._steps: list[StepResult] = []
         self._start = time.monotonic()
         self.data_wait_s = 0.0
         self.validation_s = 0.0
         self.checkpoint_s = 0.0
         """Seconds for which training stood still; what a checkpoint does beside training is not among them."""
 
-    def add(
-        self,
-        loss_sum: float,
-        target_tokens: int,
-        padded_tokens: int,
-        real_tokens: int | None = None,
-        flops: float | None = None,
-        skipped: int = 0,
-    ) -> None:
-        """Count a step of all workers.
-
-        :param loss_sum: nats, over the target tokens.
-        :param padded_tokens: positions computed; `real_tokens` are those that hold text, where that is known.
-        :param flops: of the model, see `ModelFlops`.
-        :param skipped: micro-batches left out as spikes.
-        """
-        self._skipped += skipped
-        self._steps += 1
-        self._loss_sum += loss_sum
-        self._target_tokens += target_tokens
-        self._padded_tokens += padded_tokens
-        if real_tokens is not None:
-            self._real_tokens = (self._real_tokens or 0) + real_tokens
-        if flops is not None:
-            self._flops = (self._flops or 0.0) + flops
+    def add(self, result: StepResult) -> None:
+        """Count a step."""
+        self._steps.append(result)
 
     def metrics(self) -> dict[str, float]:
-        """The row's values, see `MEANINGS`; what was not told is left out."""
+        """The row's values, see `MEANINGS`; what is not known is left out."""
         wall = max(time.monotonic() - self._start, 1e-9)
         seconds = max(wall - self.validation_s - self.checkpoint_s, 1e-9)
+        steps = self._steps
+        flops = [step.flops for step in steps if step.flops is not None]
+        skipped = sum(step.skipped for step in steps)
         measured = {
-            "loss": self._loss_sum / max(self._target_tokens, 1),
-            "tokens_per_s": round(self._padded_tokens / seconds, 1),
-            "step_s": round(seconds / max(self._steps, 1), 5),
+            "loss": sum(step.loss_sum for step in steps) / max(sum(step.target_tokens for step in steps), 1),
+            "tokens_per_s": round(sum(step.padded_tokens for step in steps) / seconds, 1),
+            "real_tokens_per_s": round(sum(step.real_tokens for step in steps) / seconds, 1),
+            "step_s": round(seconds / max(len(steps), 1), 5),
             "data_wait": round(self.data_wait_s / seconds, 4),
             "checkpoint_stall": round(self.checkpoint_s / wall, 4),
             "checkpoint_s": round(self.checkpoint_s, 3),
             "validation_s": round(self.validation_s, 3),
         }
-        if self._skipped:
-            measured["skipped"] = self._skipped
-        if self._real_tokens is not None:
-            measured["real_tokens_per_s"] = round(self._real_tokens / seconds, 1)
-        if self._flops is not None and self._peak:
-            measured["mfu"] = round(self._flops / seconds / self._peak, 4)
-        memory = peak_memory_gb(self._device) if self._device else None
+        if skipped:
+            measured["skipped"] = skipped
+        if flops and self._peak:
+            measured["mfu"] = round(sum(flops) / seconds / self._peak, 4)
+        memory = peak_memory_gb(self._device)
         if memory is not None:
             measured["memory_gb"] = round(memory, 3)
         return measured

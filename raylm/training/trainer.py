@@ -86,16 +86,12 @@ def _run(
         note(f"{stage}: {run} has {earlier.metrics['step']} steps already{early}")
         return earlier
     width = choose_width(training, 1 if stream else 0, settings.topology)
-    beginning = None
-    if started_with(run) is None:
-        notes: list[str] = []
-        beginning = check_start(settings, training, Manifest.read(tokens), notes)
-        for text in notes:
-            note(f"{stage}: {text}")
+    planned = check_start(settings, training, Manifest.read(tokens)) if started_with(run) is None else None
+    for text in planned.notes if planned else ():
+        note(f"{stage}: {text}")
     with held(run.mkdir() / _LOCK, f"run {run}: is being trained by {{who}}; wait for its end, or stop it"):
-        if beginning:
-            start, objective, _ = beginning
-            _publish_model_files(run, start, objective, tokens)
+        if planned:
+            _publish_model_files(run, planned.start, planned.objective, tokens)
         job = TrainingJob(
             settings=training,
             run=run.address,

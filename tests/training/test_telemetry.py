@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 from raylm.settings import Settings
 from raylm.storage import StoragePath
+from raylm.training.steps import StepResult
 from raylm.training.telemetry import MEANINGS, MetricsLog, Window, read_metrics
 from tests.cluster.panels import metrics_of
 
@@ -39,10 +41,13 @@ def logged(run: StoragePath, first_step: int, steps: list[dict[str, Any]]) -> li
 # ---------------------------------------------------------------------------------------- windows
 
 
+STEP = StepResult(50.0, target_tokens=20, padded_tokens=100, real_tokens=60, flops=10**6, skipped=0, tally=())
+
+
 def test_a_window_tells_speeds_and_shares() -> None:
     window = Window(torch.device("cpu"), peak=1e9)
     for _ in range(4):
-        window.add(loss_sum=50.0, target_tokens=20, padded_tokens=100, real_tokens=60, flops=1e6)
+        window.add(STEP)
     time.sleep(0.3)
     window.data_wait_s, window.validation_s, window.checkpoint_s = 0.02, 0.14, 0.06
     told = window.metrics()
@@ -58,12 +63,14 @@ def test_a_window_tells_speeds_and_shares() -> None:
     assert 0.01 < told["memory_gb"] < 100
 
 
-def test_a_window_tells_nothing_that_it_was_not_told() -> None:
-    window = Window()
-    window.add(50.0, 20, 100)
-    assert not {"mfu", "real_tokens_per_s", "memory_gb"} & window.metrics().keys()
-    window.add(50.0, 20, 100, flops=1e6)
+def test_a_window_tells_no_utilisation_that_is_not_known() -> None:
+    window = Window(torch.device("cpu"), peak=1e9)
+    window.add(replace(STEP, flops=None))
+    assert not {"mfu", "skipped"} & window.metrics().keys()
+    window = Window(torch.device("cpu"), peak=None)
+    window.add(replace(STEP, skipped=2))
     assert "mfu" not in window.metrics()  # no peak to hold it against
+    assert window.metrics()["skipped"] == 2
 
 
 # -------------------------------------------------------------------------------- files and boards
