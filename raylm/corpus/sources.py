@@ -22,7 +22,7 @@ from raylm.corpus import cldr, docstrings, readers, tables
 from raylm.corpus.markup import check_markup
 from raylm.corpus.readers import check_column
 from raylm.corpus.tables import opened_parquet
-from raylm.errors import ArtifactError, InputError, OutputError, first_line
+from raylm.errors import ArtifactError, InputError, OutputError, StoreError, first_line
 from raylm.settings import (
     CldrSource,
     CorpusSettings,
@@ -167,7 +167,7 @@ def _found(kind: str, path: str, key: str) -> list[FoundFile]:
     suffixes = (*endings, *(ending + codec for ending in endings for codec in packed))
     try:
         found = sorted(find_files(path, suffixes), key=lambda entry: str(entry[1].path))
-    except ArtifactError as error:
+    except (ArtifactError, StoreError) as error:
         raise InputError(f"{key}: {error}") from error
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{key}: {StoragePath(path)}: cannot be looked at: {first_line(error)}") from error
