@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -132,9 +133,9 @@ def test_output_has_no_gap_and_no_repeat_over_a_line_that_breaks(cluster: Cluste
     assert code == 0, err
     assert own(out).splitlines() == [f"line {number}" for number in range(600)]
     assert line.cut > 2
-    submission_id = err.split()[0]
-    assert submission_id.startswith("raylm-talk-") and submission_id.endswith("-1")
-    assert ended(start(cluster, "logs", submission_id))[:2] == (0, out)
+    named = re.search(r"\braylm-talk-\w+-1\b", err)
+    assert named, err
+    assert ended(start(cluster, "logs", named[0]))[:2] == (0, out)
 
 
 def test_the_exit_code_is_the_jobs_own(cluster: Cluster, scripts: Path) -> None:
