@@ -208,12 +208,13 @@ def test_a_batch_job_through_the_service_gives_what_actors_give(
     assert served.settings["through"] == "serve"
 
 
-def test_online_requests_do_not_wait_for_batch_jobs(service: str, engine: Engine, sentences: list[str]) -> None:
+def test_online_requests_do_not_wait_for_batch_jobs(service: str, sentences: list[str]) -> None:
     from ray import serve
 
     handle = serve.get_deployment_handle("model", "raylm")
     rows = [[(f"{text} {n} {text}",) for text in sentences[:1_500]] for n in range(8)]
-    bulk = [handle.answer.remote(part, TO_GERMAN, engine.model.fingerprint) for part in rows]
+    fingerprint = handle.describe.remote().result()["fingerprint"]
+    bulk = [handle.answer.remote(part, TO_GERMAN, fingerprint) for part in rows]
     bulk[0].result(timeout_s=60)
     assert post(service, "translate", text="Find Text").status_code == 200
     last_is_done = False
