@@ -84,7 +84,8 @@ def test_a_file_that_is_missing_is_not_blamed_on_an_option(tmp_path: Path, monke
     assert run("export").stderr == f"raylm: error: $RAYLM_CLUSTER: there is no file {absent}\n"
 
 
-def test_options_of_a_script_are_refused_before_it(tmp_path: Path) -> None:
+def test_options_of_a_script_are_refused_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # with no token, which the command would show from then on
     (tmp_path / "more.yaml").write_text("pretrain: {steps: 7}")
     away = ("--address", "http://127.0.0.1:9")
     for option in (("--set", "pretrain.steps=7"), ("--with", f"{tmp_path}/more.yaml")):
