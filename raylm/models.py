@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from raylm.errors import ArtifactError, SettingsError, first_line
 from raylm.settings import ModelSettings
 from raylm.settings.training import LoraSettings
-from raylm.storage import StoragePath
+from raylm.storage import StoragePath, without_passwords
 
 if TYPE_CHECKING:
     import numpy as np
@@ -245,7 +245,9 @@ def load_config(path: str) -> PretrainedConfig:
     quantized = config.__dict__.pop("quantization_config", None)
     if quantized and not options:  # the weights of a GGUF file are read as plain ones
         how = quantized.get("quant_method", "some method") if isinstance(quantized, dict) else quantized
-        raise ArtifactError(f"model {path}: its weights are quantized ({how}); take those that it was quantized from")
+        raise ArtifactError(
+            f"model {without_passwords(path)}: its weights are quantized ({how}); take those that it was quantized from"
+        )
     return config
 
 
@@ -395,7 +397,7 @@ def _opened(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
     :raises ArtifactError: it cannot read what is there.
     """
-    where = StoragePath(path) if "://" in path else path
+    where = without_passwords(path)
     try:
         place = str(StoragePath(path).at_hand()) if "://" in path else located(path)
         if place.endswith(GGUF):

@@ -30,7 +30,7 @@ from raylm.corpus.steps import Result, read_table, run_step, write_table
 from raylm.corpus.tokenizer import save_tokenizer, text_encoder, train_tokenizer
 from raylm.errors import ArtifactError
 from raylm.models import MAX_POSITIONS, load_tokenizer
-from raylm.storage import StoragePath
+from raylm.storage import StoragePath, without_passwords
 from raylm.tasks import CLASSIFY, TASKS
 
 TOKENIZER = "tokenizer"
@@ -93,10 +93,9 @@ def check_tokenizer(plan: Plan) -> None:
     """:raises ArtifactError: the tokenizer that is to be taken cannot be loaded, or has no `tokenizer.json`."""
     start = plan.start_from
     if start and not load_tokenizer(start).is_fast:
-        where = StoragePath(start) if "://" in start else start
         raise ArtifactError(
-            f"model {where}: its tokenizer is written in Python and has no tokenizer.json, which tokenising needs;"
-            " name another one with corpus.tokenizer.start_from"
+            f"model {without_passwords(start)}: its tokenizer is written in Python and has no tokenizer.json, which"
+            " tokenising needs; name another one with corpus.tokenizer.start_from"
         )
 
 

@@ -47,10 +47,10 @@ def output_place(pattern: str, files: Sequence[InputFile], task: Task, output: s
         raise OutputError(f"--output {output}: {len(files)} input files give a directory, this names a file")
     if (PurePosixPath(target.path) / "x").is_relative_to(place.path):
         raise OutputError(f"--output {output}: lies in its own input {place}")
-    inputs = {file.place.path for file in files}
-    if own := [file for file in output_files(target, files, pattern) if file.path in inputs]:
+    inputs, outputs = {file.place.path for file in files}, output_files(target, files, pattern)
+    if own := [file for file in outputs if file.path in inputs]:
         raise OutputError(f"--output {output}: would replace its input {own[0]}")
-    if named := [file for file in output_files(target, files, pattern) if is_named(file.path, place.path)]:
+    if named := [file for file in outputs if is_named(file.path, place.path)]:
         raise OutputError(
             f"--output {output}: {pattern} names {named[0]} as well, which the next run would take for input"
         )

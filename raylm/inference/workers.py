@@ -138,8 +138,11 @@ def _quiet_ray_data() -> Iterator[None]:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.enable_auto_log_stats = False
-    quiet = hushed("ray.data", logging.WARNING), hushed("ray.data._internal.progress", logging.ERROR)
-    with quiet[0], quiet[1], DataContext.current(context):
+    with (
+        hushed("ray.data", logging.WARNING),
+        hushed("ray.data._internal.progress", logging.ERROR),
+        DataContext.current(context),
+    ):
         yield
 
 

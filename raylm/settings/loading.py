@@ -141,11 +141,8 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def problems(values: object) -> Iterator[tuple[tuple[int | str, ...], str, str]]:
     """All that is wrong with what stands under `metadata.raylm`: where, why, and what would be right."""
-    try:
-        Settings.model_validate(values)
-    except ValidationError as error:
-        for found in error.errors():
-            yield found["loc"], *_told(found)
+    for found in _errors(values):
+        yield found["loc"], *_told(found)
 
 
 def _settled(layers: Sequence[tuple[str, dict[str, Any]]]) -> Settings:
@@ -162,7 +159,7 @@ def _settled(layers: Sequence[tuple[str, dict[str, Any]]]) -> Settings:
     mistake, path = (first["loc"], first["type"]), ".".join(str(part) for part in first["loc"])
     origin = layers[-1][0]
     for (earlier, _), values in zip(reversed(layers[:-1]), reversed(states[:-1]), strict=True):
-        if mistake not in _mistakes(values):
+        if mistake not in [(found["loc"], found["type"]) for found in _errors(values)]:
             break
         origin = earlier
     why, remedy = _told(first)
@@ -171,12 +168,11 @@ def _settled(layers: Sequence[tuple[str, dict[str, Any]]]) -> Settings:
     raise SettingsError(f"{origin}: {path}: {remedy}, {why}")
 
 
-def _mistakes(values: dict[str, Any]) -> list[tuple[tuple[int | str, ...], str]]:
-    """Where something is wrong, and of which kind."""
+def _errors(values: object) -> list[ErrorDetails]:
     try:
         Settings.model_validate(values)
     except ValidationError as error:
-        return [(found["loc"], found["type"]) for found in error.errors()]
+        return error.errors()
     return []
 
 

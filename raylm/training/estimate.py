@@ -23,7 +23,7 @@ from raylm.training.job import TrainingJob
 from raylm.training.labels import label_names
 from raylm.training.memory import BYTES, BatchShape, Memory, checkpoint_bytes, kept_bytes, loss_bytes, memory
 from raylm.training.objectives import MOST_SCORED
-from raylm.training.refusals import check_start, packed_length, shortages, split_of
+from raylm.training.refusals import check_start, shortages, split_of
 from raylm.training.runs import MODEL, check_settings, corpus_directory, run_directory
 from raylm.training.start import Start, refusal
 from raylm.training.telemetry import read_metrics
@@ -140,13 +140,12 @@ def dry_run(settings: Settings, stage: Literal["pretrain", "finetune"]) -> Estim
         notes.append(f"{tokens} is not prepared: taken as the settings say, with a vocabulary as large as they allow")
     planned = check_start(settings, training, corpus)
     notes += planned.notes
-    objective, lengths = planned.objective, planned.lengths
+    objective, length, lengths = planned.objective, planned.length, planned.lengths
     start = _headed(planned.start, objective, tokens if corpus else None, notes)
     model = _model(settings, training, start)
     trained = models.parameter_count(model)
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
 
-    length = packed_length(settings, corpus)
     longest = length
     if isinstance(training, FinetuneSettings):
         longest = training.max_source_tokens + training.max_target_tokens

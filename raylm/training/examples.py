@@ -10,7 +10,7 @@ import numpy as np
 
 from raylm.errors import ArtifactError
 from raylm.settings import FinetuneSettings, PretrainSettings
-from raylm.storage import Manifest, StoragePath
+from raylm.storage import StoragePath
 from raylm.tasks import CLASSIFY
 from raylm.training.batches import BucketedOrder, GlobalBatch, PackedOrder, Shards, TokenLists
 from raylm.training.job import TrainingJob
@@ -26,6 +26,7 @@ from raylm.training.objectives import (
     objective_for,
     pair_weights,
 )
+from raylm.training.runs import corpus_manifest
 from raylm.training.streaming import StreamedBatches
 
 if TYPE_CHECKING:
@@ -140,10 +141,7 @@ def sequence_length(tokens: StoragePath) -> int:
     :param tokens: its directory.
     :raises ArtifactError: it is absent or unfinished.
     """
-    corpus = Manifest.read(tokens)
-    if corpus is None:
-        raise ArtifactError(f"corpus {tokens}: not prepared; run `raylm prepare` first")
-    return int(corpus.settings["corpus"]["sequence_length"])
+    return int(corpus_manifest(tokens).settings["corpus"]["sequence_length"])
 
 
 def _self_supervision(

@@ -11,7 +11,7 @@ from raylm import __version__, models
 from raylm.errors import TrainingError
 from raylm.progress import note
 from raylm.settings import ModelSettings, Settings, model_directory
-from raylm.storage import MANIFEST, Manifest, Stopwatch, StoragePath
+from raylm.storage import MANIFEST, Manifest, Stopwatch, StoragePath, without_passwords
 from raylm.tasks import CLASSIFY, GENERATE, LEARNED, SUMMARIZE, TASKS, TRANSLATE
 from raylm.training import checkpoint as checkpoints
 from raylm.training.examples import sequence_length
@@ -67,18 +67,8 @@ def export(settings: Settings, pretrained: bool = False) -> Manifest:
         config = models.load_config(local)
         tokens = prepared_corpus(settings)
         sources = sources_of(run, tokens)
-        if pretrained:
-            described = _pretrained(models.architecture(config), sequence_length(tokens))
-        elif models.is_classifier(config):
-            described = _labelling(settings, models.labels_of(config))
-        else:
-            described = _writing(settings, sources["pairs"])
-        description = {
-            "raylm": __version__,
-            **described,
-            "lineage": {key: lineage[key] for key in ("run", "checkpoint", "weights")},
-            "metrics": lineage["metrics"],
-        }
+        length = sequence_length(tokens) if pretrained else None
+        description = _describe(settings, config, lineage, sources["pairs"], length)
         if models.is_classifier(config):
             _frame_texts(directory, settings.finetune.max_source_tokens)
         elif models.architecture(config) != "encoder":
@@ -102,6 +92,32 @@ def _validated(best: Checkpoint) -> dict[str, Any]:
     """The numbers of a checkpoint's validation."""
     found = best.manifest.metrics
     return {name: found[name] for name in found if name.startswith("validation_") and name != "validation_loss"}
+
+
+def _describe(
+    settings: Settings,
+    config: PretrainedConfig,
+    lineage: dict[str, Any],
+    pairs: list[dict[str, Any]],
+    length: int | None,
+) -> dict[str, Any]:
+    """What the inference side needs to know: tasks, languages or labels, limits; and where the model is from.
+
+    :param pairs: the sources of what was learned.
+    :param length: of the sequences that a model without fine-tuning has read.
+    """
+    if length is not None:
+        described = _pretrained(models.architecture(config), length)
+    elif models.is_classifier(config):
+        described = _labelling(settings, models.labels_of(config))
+    else:
+        described = _writing(settings, pairs)
+    return {
+        "raylm": __version__,
+        **described,
+        "lineage": {key: lineage[key] for key in ("run", "checkpoint", "weights")},
+        "metrics": lineage["metrics"],
+    }
 
 
 def _writing(settings: Settings, pairs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -201,7 +217,7 @@ def model_card(
     listed = "\n".join(f"- {json.dumps(source, ensure_ascii=False)}" for source in learned_from)
     made = f"A {model.family} model ({model.size})"
     if model.start_from:
-        made = f"A model that started from {model.start_from}"
+        made = f"A model that started from {without_passwords(model.start_from)}"
     return f"""---
 library_name: transformers
 {"pipeline_tag: text-classification" + chr(10) if is_classifier else ""}tags:

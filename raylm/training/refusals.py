@@ -28,12 +28,14 @@ if TYPE_CHECKING:
 class Planned:
     """What a run would begin with, and how it would learn.
 
+    :param length: of a packed sequence.
     :param lengths: padded, of the longest sequence: all that a single stack reads and 0, or source and target.
     :param notes: what is hardly meant.
     """
 
     start: Start
     objective: str
+    length: int
     lengths: tuple[int, int]
     notes: tuple[str, ...]
 
@@ -45,14 +47,14 @@ def check_start(settings: Settings, training: PretrainSettings | FinetuneSetting
     :raises RaylmError: the run could not learn, or would fail at some step.
     """
     notes = _check_corpus(settings, training.section, corpus) if corpus else []
-    length = packed_length(settings, corpus)
+    length = int(corpus.settings["corpus"]["sequence_length"] if corpus else settings.corpus.sequence_length)
     notes += _check_numbers(training, length)
     start = find_start(settings, training, corpus_directory(settings) if corpus else None)
     objective = _check_objective(training, start)
     lengths = _padded_lengths(training, objective, start.config.is_encoder_decoder, length)
     check_positions(training, start.config, lengths)
     _check_heads(start.config)
-    return Planned(start, objective, lengths, (*notes, *start.notes))
+    return Planned(start, objective, length, lengths, (*notes, *start.notes))
 
 
 def shortages(storage: StoragePath, resident: int, checkpoint_total: int, on_gpu: bool) -> list[str]:
@@ -72,11 +74,6 @@ def shortages(storage: StoragePath, resident: int, checkpoint_total: int, on_gpu
         if checkpoint_total > free:
             notes.append(f"checkpoints need {size(checkpoint_total)}, {place} has {size(free)} free")
     return notes
-
-
-def packed_length(settings: Settings, corpus: Manifest | None) -> int:
-    """Of the sequences of the prepared corpus; before there is one, of the one that the settings ask for."""
-    return int(corpus.settings["corpus"]["sequence_length"] if corpus else settings.corpus.sequence_length)
 
 
 def split_of(stage: str, name: str) -> str:

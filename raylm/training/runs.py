@@ -47,9 +47,19 @@ def prepared_corpus(settings: Settings) -> StoragePath:
     :raises ArtifactError: it is absent or unfinished.
     """
     tokens = corpus_directory(settings)
-    if Manifest.read(tokens) is None:
-        raise ArtifactError(f"corpus {tokens}: not prepared; run `raylm prepare` first")
+    corpus_manifest(tokens)
     return tokens
+
+
+def corpus_manifest(tokens: StoragePath) -> Manifest:
+    """
+    :param tokens: the directory of a prepared corpus.
+    :raises ArtifactError: it is absent or unfinished.
+    """
+    corpus = Manifest.read(tokens)
+    if corpus is None:
+        raise ArtifactError(f"corpus {tokens}: not prepared; run `raylm prepare` first")
+    return corpus
 
 
 def corpus_fingerprint(tokens: StoragePath, *beside: str) -> str | None:
@@ -98,8 +108,7 @@ def sources_of(run: StoragePath, tokens: StoragePath) -> dict[str, list[dict[str
 
     :param tokens: the prepared corpus, which may be another by now; of a run of old, nothing else is known.
     """
-    before, corpus = started_with(run) or {}, Manifest.read(tokens)
-    known = before.get("sources") or (corpus.settings["corpus"] if corpus else {})
+    known = (started_with(run) or {}).get("sources") or corpus_manifest(tokens).settings["corpus"]
     return {kind: known.get(kind, []) for kind in ("documents", "pairs")}
 
 
