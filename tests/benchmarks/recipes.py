@@ -2,7 +2,7 @@
 
 Each is one command, `raylm quickstart --with jobs/recipes/NAME.yaml`, on a directory `data` with the files that it
 names; its scores are those of texts that the model has not seen. The recipes are sized for half an hour on two CPUs;
-`--only` makes some.
+`--only` makes some. Those that end in `-scratch` leave pretraining out and fine-tune for as many steps more.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Made:
 def made(recipe: str, scale: float, *options: str) -> Iterator[Made]:
     """The end of the road of a recipe.
 
-    :param options: further ones of the command, such as `--set`, `finetune.start=scratch`.
+    :param options: settings that are others than the recipe's, such as `finetune.start=scratch`.
     """
     with tempfile.TemporaryDirectory(prefix="raylm-recipe-") as place:
         data = Path(place) / "data"
@@ -83,13 +84,14 @@ def made(recipe: str, scale: float, *options: str) -> Iterator[Made]:
         write_definitions(data)
         file = RECIPES / f"{recipe}.yaml"
         storage = Path(place) / recipe
-        settings = load(overlays=[file], overrides=[*options[1::2], f"storage={storage}"])
-        shorter = [
-            word
-            for section in ("pretrain", "finetune")
-            for word in ("--set", f"{section}.steps={max(round(getattr(settings, section).steps * scale), 20)}")
-        ]
-        command = ("quickstart", "--with", str(file), "--out", str(storage), *options, *shorter * (scale != 1))
+        settings = load(overlays=[file], overrides=[*options, f"storage={storage}"])
+        if scale != 1:
+            for section in ("pretrain", "finetune"):
+                steps = max(round(getattr(settings, section).steps * scale), 20)
+                options += (f"{section}.steps={steps}",)
+            settings = load(overlays=[file], overrides=[*options, f"storage={storage}"])
+        others = (word for option in options for word in ("--set", option))
+        command = ("quickstart", "--with", str(file), "--out", str(storage), *others)
         start = time.perf_counter()
         with raylm_session(command, None, as_json=False, where=Path(place)) as session:
             session.wait()
@@ -133,12 +135,9 @@ def make_news(scale: float) -> list[Row]:
 
 
 def make_sentiment(scale: float) -> list[Row]:
-    """Chinese reviews, with pretraining and with as many more steps of fine-tuning in its place."""
+    """Chinese reviews: praise or blame."""
     with made("sentiment-zh", scale) as found:
-        rows = [_against_counting(found, "char", 2, _BETTER), found.time]
-        score = found.scores("classify")["accuracy"]
-        steps = found.settings.pretrain.steps + found.settings.finetune.steps
-    return [*rows, _without_pretraining("sentiment-zh", "classify", "accuracy", score, steps, scale)]
+        return [_against_counting(found, "char", 2, _BETTER), found.time]
 
 
 def make_prose(scale: float) -> list[Row]:
@@ -177,21 +176,18 @@ def make_chinese(scale: float) -> list[Row]:
 
 
 def make_definitions(scale: float) -> list[Row]:
-    """Questions about texts, with pretraining and with as many more steps of fine-tuning in its place."""
+    """Questions about texts."""
     with made("definitions", scale) as found:
-        rows = [_score(found, "answer", "f1"), _score(found, "answer", "exact_match", None), found.time]
-        score = found.scores("answer")["f1"]
-        steps = found.settings.pretrain.steps + found.settings.finetune.steps
-    return [*rows, _without_pretraining("definitions", "answer", "f1", score, steps, scale)]
+        return [_score(found, "answer", "f1"), _score(found, "answer", "exact_match", None), found.time]
 
 
-def _without_pretraining(recipe: str, test_set: str, name: str, score: float, steps: int, scale: float) -> Row:
-    """What pretraining gives, beside a model that is fine-tuned for the steps of both."""
-    options = ("--set", "finetune.start=scratch", "--set", f"finetune.steps={steps}")
-    with made(recipe, scale, *options) as found:
-        other = found.scores(test_set)[name]
-    what = f"{recipe}: {name} with pretraining"
-    return beside(what, [score], "", f"fine-tuned from scratch, {steps:,} steps", [other], _BETTER)
+def make_unpretrained(recipe: str, test_set: str, name: str, scale: float) -> list[Row]:
+    """What is left of a score without pretraining: a model that is fine-tuned for the steps of both."""
+    settings = load(overlays=[RECIPES / f"{recipe}.yaml"])
+    steps = settings.pretrain.steps + settings.finetune.steps
+    with made(recipe, scale, "finetune.start=scratch", f"finetune.steps={steps}") as found:
+        what = f"{recipe}: {name} after {found.settings.finetune.steps:,} steps from scratch"
+        return [single(what, [found.scores(test_set)[name]], ""), found.time]
 
 
 # ----------------------------------------------------------------------------------------- definitions
@@ -246,10 +242,12 @@ def _around(sentences: Sequence[str], number: int) -> str:
 PARTS = {
     "news-en": make_news,
     "sentiment-zh": make_sentiment,
+    "sentiment-zh-scratch": partial(make_unpretrained, "sentiment-zh", "classify", "accuracy"),
     "prose": make_prose,
     "documentation-de": make_german,
     "documentation-zh": make_chinese,
     "definitions": make_definitions,
+    "definitions-scratch": partial(make_unpretrained, "definitions", "answer", "f1"),
 }
 
 
