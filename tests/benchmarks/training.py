@@ -96,6 +96,12 @@ def trained(settings: Mapping[str, Any], section: str, warmup: int = _WARMUP, **
     return {name: statistics.median(row[name] for row in rows) for name in names}
 
 
+def _leave_model(settings: Mapping[str, Any], section: str, training: Mapping[str, Any], name: str) -> None:
+    """Train for a step, which leaves the config and the tokenizer that others take in the run's `model`."""
+    short = {"steps": 1, "log_every": 1, "validate_every": 1, "checkpoint_every": 1, "warmup_steps": 0}
+    raylm(section, settings, **{**training, **short, "name": name})
+
+
 def full_settings(section: str, **training: Any) -> dict[str, Any]:
     kind = FinetuneSettings if section == "finetune" else PretrainSettings
     return kind.model_validate(training).model_dump(mode="json")
@@ -123,7 +129,7 @@ def measure_overhead(scale: float) -> list[Row]:
         def ours(workers: int) -> dict[str, float]:
             return trained(settings, "finetune", **training, workers=workers, name=next(name))
 
-        ours(1)  # leaves the config and the tokenizer that the bare loops take
+        _leave_model(settings, "finetune", training, next(name))  # for the bare loops
         asked = {
             "section": "finetune", "settings": training, "warmup": _WARMUP,
             "model": str(run_of(settings, "overhead-0") / "model"), "tokens": f"{settings['storage']}/tokens/default",
@@ -152,7 +158,7 @@ class _Finetuning:
 
     def __init__(self, settings: Mapping[str, Any], steps: int) -> None:
         self.settings, self._steps, self._names = settings, steps, names("speed")
-        self.ours()  # leaves the config and the tokenizer
+        _leave_model(settings, "finetune", _TRANSLATION, next(self._names))
         self._model = str(run_of(settings, "speed-0") / "model")
         self._pairs = _pairs_a_step(settings, self._model)
 
@@ -262,7 +268,7 @@ def measure_pretraining(scale: float) -> list[Row]:
             found = trained(settings, "pretrain", warmup, **training, name=next(name))
             return found | {"peak": max(before, _matmul_peak())}
 
-        ours()
+        _leave_model(settings, "pretrain", training, next(name))
         model = str(run_of(settings, "llama-0") / "model")
 
         def trainer(packed: bool) -> dict[str, Any]:
