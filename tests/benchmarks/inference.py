@@ -170,8 +170,8 @@ def measure_naive(scale: float) -> list[Row]:
         translated(poisoned, model)
         output = file.parent / "naive-poisoned"
         lost = count - _rows_in(poisoned.with_suffix(".translated.parquet"))
-        rows.append(beside("rows lost to one null text", [lost], "rows", peer,
-                           [count - _rows_in(output, lambda: naive(poisoned, output))]))  # fmt: skip
+        theirs = count - _rows_in(output, lambda: naive(poisoned, output))
+        rows.append(beside("rows lost to one null text", [lost], "rows", peer, [theirs], smaller_is_better=True))
         return rows
 
 
@@ -301,9 +301,7 @@ def measure_serve(scale: float) -> list[Row]:
     crowd = asked(4 * _CLIENTS, max_queued_requests=_CLIENTS)
     strange = sum(number for status, number in crowd["statuses"].items() if status not in ("200", "429"))
     answered, refused = crowd["statuses"].get("200", 0), crowd["statuses"].get("429", 0)
-    overload = (
-        f"neither 200 nor 429, {4 * _CLIENTS} clients at a queue of {_CLIENTS}: {answered} of 200, {refused} of 429"
-    )
+    overload = f"{4 * _CLIENTS} clients at a queue of {_CLIENTS}, {answered} × 200, {refused} × 429: other answers"
     return [
         beside(
             f"requests of {_CLIENTS} clients",

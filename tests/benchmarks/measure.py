@@ -196,11 +196,11 @@ def table(rows: Sequence[Row]) -> Table:
     """The rows for a person."""
     shown = Table("what", "value", "peer", "ratio", "spread", "goal", "holds")
     for row in rows:
-        peer = "" if row.peer is None else f"{_number(row.peer_value)} {row.peer}"
+        peer = "" if row.peer is None else f"{_quantity(row.peer_value, row.unit)} {row.peer}"
         spread = "" if row.spread is None else f"{row.spread:.0%}"
         holds = "" if row.goal is None and row.holds else ("yes" if row.holds else "NO")
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        shown.add_row(row.name, f"{_number(row.value)} {row.unit}", peer, ratio, spread, row.goal or "", holds)
+        shown.add_row(row.name, _quantity(row.value, row.unit), peer, ratio, spread, row.goal or "", holds)
     return shown
 
 
@@ -219,17 +219,22 @@ def markdown(rows: Sequence[Row]) -> str:
     """The rows as a table of Markdown."""
     lines = ["| work | raylm | beside | ratio | spread |", "|---|---:|---|---:|---:|"]
     for row in rows:
-        peer = "" if row.peer is None else f"{row.peer}: {_number(row.peer_value)}"
+        peer = "" if row.peer is None else f"{row.peer}: {_quantity(row.peer_value, row.unit)}"
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        spread = "" if row.spread is None else f"{row.spread:.0%}"
+        spread = "" if row.spread is None else f"{100 * row.spread:.0f} %"
         missed = "" if row.holds else f" (goal: {row.goal})"
-        cells = (row.name, f"{_number(row.value)} {row.unit}".strip(), peer, f"{ratio}{missed}".strip(), spread)
+        cells = (row.name, _quantity(row.value, row.unit), peer, f"{ratio}{missed}".strip(), spread)
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(lines)
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.4g}"
+def _quantity(value: float | None, unit: str) -> str:
+    """A value with its unit, to three digits; a `share` in percent."""
+    if value is None:
+        return "–"
+    if unit == "share":
+        value, unit = 100 * value, "%"
+    return f"{value:,.0f} {unit}".strip() if abs(value) >= 1_000 else f"{value:.3g} {unit}".strip()
 
 
 # ------------------------------------------------------------------------------------------------ peers

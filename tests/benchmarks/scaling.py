@@ -88,7 +88,7 @@ def measure_parameters(scale: float) -> list[Row]:
             model = models.build_shapes(models.load_config(str(run_of(settings, "llama") / "model")))
             weights = sum(weight.numel() for weight in model.parameters())
             name = f"pretraining a Llama of {weights / 1e6:.0f} million weights: share of the matmul peak"
-            rows.append(single(name, [found["mfu"]], ""))
+            rows.append(single(name, [found["mfu"]], "share"))
     return rows
 
 

@@ -172,6 +172,10 @@ def test_the_table_of_a_file_is_renewed_between_its_marks(tmp_path: Path) -> Non
     parts = {
         "good": lambda _: [beside("speed", [10, 30, 20], "MB/s", "peer|1", [5, 10, 20], Goal("ratio", ">=", 2))],
         "bad": lambda _: [single("lost", [3.0], "rows", Goal("value", "<=", 0))],
+        "read": lambda _: [
+            Row("kept", 0.1234, "share", "others", None, 1.5),
+            single("signatures", [12345.6], "documents/s"),
+        ],
     }
     assert run_benchmark("rooms", parts, ["--readme"], readme=file) == 1
     assert file.read_text().splitlines() == [
@@ -179,8 +183,10 @@ def test_the_table_of_a_file_is_renewed_between_its_marks(tmp_path: Path) -> Non
         "<!-- benchmarks -->",
         "| work | raylm | beside | ratio | spread |",
         "|---|---:|---|---:|---:|",
-        "| speed | 20 MB/s | peer/1: 10 | 2.00 | 100% |",
+        "| speed | 20 MB/s | peer/1: 10 MB/s | 2.00 | 100 % |",
         "| lost | 3 rows |  | (goal: value <= 0) |  |",
+        "| kept | 12.3 % | others: – | 1.50 |  |",
+        "| signatures | 12,346 documents/s |  |  |  |",
         "<!-- /benchmarks -->",
         "below",
     ]
