@@ -96,10 +96,11 @@ def trained(settings: Mapping[str, Any], section: str, warmup: int = _WARMUP, **
     return {name: statistics.median(row[name] for row in rows) for name in names}
 
 
-def _leave_model(settings: Mapping[str, Any], section: str, training: Mapping[str, Any], name: str) -> None:
-    """Train for a step, which leaves the config and the tokenizer that others take in the run's `model`."""
+def _untrained(settings: Mapping[str, Any], section: str, training: Mapping[str, Any], name: str) -> str:
+    """The config and the tokenizer that peers take: the `model` of a run of one step."""
     short = {"steps": 1, "log_every": 1, "validate_every": 1, "checkpoint_every": 1, "warmup_steps": 0}
     raylm(section, settings, **{**training, **short, "name": name})
+    return str(run_of(settings, name) / "model")
 
 
 def full_settings(section: str, **training: Any) -> dict[str, Any]:
@@ -129,10 +130,10 @@ def measure_overhead(scale: float) -> list[Row]:
         def ours(workers: int) -> dict[str, float]:
             return trained(settings, "finetune", **training, workers=workers, name=next(name))
 
-        _leave_model(settings, "finetune", training, next(name))  # for the bare loops
+        model = _untrained(settings, "finetune", training, next(name))
         asked = {
             "section": "finetune", "settings": training, "warmup": _WARMUP,
-            "model": str(run_of(settings, "overhead-0") / "model"), "tokens": f"{settings['storage']}/tokens/default",
+            "model": model, "tokens": f"{settings['storage']}/tokens/default",
         }  # fmt: skip
         for workers, loop, peer, bound in ((1, "torch", "PyTorch", 0.95), (2, "deepspeed", "DeepSpeed", 0.97)):
             bare = partial(run_script, sys.executable, "bare_loop.py", **asked, workers=workers, loop=loop)
@@ -158,8 +159,7 @@ class _Finetuning:
 
     def __init__(self, settings: Mapping[str, Any], steps: int) -> None:
         self.settings, self._steps, self._names = settings, steps, names("speed")
-        _leave_model(settings, "finetune", _TRANSLATION, next(self._names))
-        self._model = str(run_of(settings, "speed-0") / "model")
+        self._model = _untrained(settings, "finetune", _TRANSLATION, next(self._names))
         self._pairs = _pairs_a_step(settings, self._model)
 
     def ours(self) -> dict[str, float]:
@@ -268,8 +268,7 @@ def measure_pretraining(scale: float) -> list[Row]:
             found = trained(settings, "pretrain", warmup, **training, name=next(name))
             return found | {"peak": max(before, _matmul_peak())}
 
-        _leave_model(settings, "pretrain", training, next(name))
-        model = str(run_of(settings, "llama-0") / "model")
+        model = _untrained(settings, "pretrain", training, next(name))
 
         def trainer(packed: bool) -> dict[str, Any]:
             return run_script(
