@@ -284,7 +284,7 @@ def _prepare_csv(place: StoragePath, target: StoragePath) -> tuple[int, pa.Schem
         with _opened(place) as stream:
             reader = pcsv.open_csv(
                 stream,
-                read_options=pcsv.ReadOptions(block_size=_BLOCK_BYTES),
+                read_options=pcsv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False),  # which numbers bad rows
                 parse_options=pcsv.ParseOptions(newlines_in_values=True),
                 convert_options=pcsv.ConvertOptions(
                     column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
@@ -294,6 +294,7 @@ def _prepare_csv(place: StoragePath, target: StoragePath) -> tuple[int, pa.Schem
             first = list(islice(batches, 1))
             rows = _write(chain(first, batches), columns, target)
     except pa.ArrowInvalid as error:
+        _check_encoding(_lines(place), place)
         raise InputError(f"{place}: not readable as CSV: {first_line(error)}") from error
     return rows, _mark_numbers(first[0].slice(0, PREPARED_ROWS)) if first else columns
 
@@ -301,17 +302,24 @@ def _prepare_csv(place: StoragePath, target: StoragePath) -> tuple[int, pa.Schem
 def _header(place: StoragePath) -> list[str]:
     with _opened(place) as stream:
         head = bytes(stream.read(1 << 20))
-    try:
-        text = head[: head.rfind(b"\n") + 1 or None].decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{place}: not UTF-8 at byte {error.start}") from None
-    names = next(csv.reader(io.StringIO(text, newline="")), [])
+    head = head[: head.rfind(b"\n") + 1 or None]
+    _check_encoding(head.split(b"\n"), place)
+    names = next(csv.reader(io.StringIO(head.decode("utf-8-sig"), newline="")), [])
     twice = sorted({name for name in names if names.count(name) > 1})
     if not names:
         raise InputError(f"{place}: the first line is blank; a header with the names of the columns is expected")
     if twice:
         raise InputError(f"{place}: the header names a column twice: {', '.join(twice)}")
     return names
+
+
+def _check_encoding(lines: Iterable[bytes], place: StoragePath) -> None:
+    """:raises InputError: one of the lines is not UTF-8."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            line.decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{place}: line {number}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
 
 
 def _mark_numbers(batch: pa.RecordBatch) -> pa.Schema:

@@ -110,21 +110,21 @@ def measure_engines(scale: float) -> list[Row]:
     rows: list[Row] = []
     with (
         rows_of(PAIRS, "src", max(round(_ROWS * scale), 500)) as file,
+        rows_of(PAIRS, "src", max(round(_SLOW_ROWS * scale), 100)) as fewer,
         rows_of(UI, "src", _ROWS, evenly=False) as interface,
     ):
 
-        def way(name: str, place: Path, beam_size: int = 1, batch_size: int = 8, limit: int = _ROWS) -> dict[str, Any]:
-            return run_script(sys.executable, "with_engines.py", model=model, rows=str(place), way=name, limit=limit,
+        def way(name: str, place: Path, beam_size: int = 1, batch_size: int = 8) -> dict[str, Any]:
+            return run_script(sys.executable, "with_engines.py", model=model, rows=str(place), way=name,
                               beam_size=beam_size, batch_size=batch_size)  # fmt: skip
 
-        slow = max(round(_SLOW_ROWS * scale), 100)
         ways = {
             "raylm": partial(way, "raylm", file),
             "raylm, beam 4": partial(way, "raylm", file, beam_size=4),
             "iterable": partial(way, "iterable", file),
-            "sorted": partial(way, "generate", file, limit=slow),
-            "sorted, beam 4": partial(way, "generate", file, beam_size=4, limit=slow),
-            "single": partial(way, "generate", file, batch_size=1, limit=slow),
+            "sorted": partial(way, "generate", fewer),
+            "sorted, beam 4": partial(way, "generate", fewer, beam_size=4),
+            "single": partial(way, "generate", fewer, batch_size=1),
             "raylm, ui": partial(way, "raylm", interface),
             "iterable, ui": partial(way, "iterable", interface),
         }

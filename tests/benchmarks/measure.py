@@ -197,10 +197,9 @@ def table(rows: Sequence[Row]) -> Table:
     shown = Table("what", "value", "peer", "ratio", "spread", "goal", "holds")
     for row in rows:
         peer = "" if row.peer is None else f"{_quantity(row.peer_value, row.unit)} {row.peer}"
-        spread = "" if row.spread is None else f"{row.spread:.0%}"
         holds = "" if row.goal is None and row.holds else ("yes" if row.holds else "NO")
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        shown.add_row(row.name, _quantity(row.value, row.unit), peer, ratio, spread, row.goal or "", holds)
+        shown.add_row(row.name, _quantity(row.value, row.unit), peer, ratio, _scatter(row), row.goal or "", holds)
     return shown
 
 
@@ -221,11 +220,15 @@ def markdown(rows: Sequence[Row]) -> str:
     for row in rows:
         peer = "" if row.peer is None else f"{row.peer}: {_quantity(row.peer_value, row.unit)}"
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        spread = "" if row.spread is None else f"{100 * row.spread:.0f} %"
         missed = "" if row.holds else f" (goal: {row.goal})"
-        cells = (row.name, _quantity(row.value, row.unit), peer, f"{ratio}{missed}".strip(), spread)
+        cells = (row.name, _quantity(row.value, row.unit), peer, f"{ratio}{missed}".strip(), _scatter(row))
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(lines)
+
+
+def _scatter(row: Row) -> str:
+    """The spread in whole percent."""
+    return "" if row.spread is None else f"{100 * row.spread:.0f} %"
 
 
 def _quantity(value: float | None, unit: str) -> str:

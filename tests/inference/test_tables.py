@@ -113,9 +113,10 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "\xff"}\n', "line 1: not UTF-8"),
         ("a.jsonl", b'{"text": ' + b"[" * 100_000, "line 1: JSON that is nested too deeply"),
         ("a.jsonl", b"\n \n", "no rows"),
-        ("a.csv", b"text,id\na,1\nb,2,3\n", "not readable as CSV: .*Expected 2 columns, got 3"),
+        ("a.csv", b"text,id\na,1\nb,2,3\n", "not readable as CSV: .*Row #3: Expected 2 columns, got 3"),
         ("a.csv", b"text,text\na,1\n", "names a column twice: text"),
-        ("a.csv", b"text\n\xff\xfe\n", "not UTF-8|invalid UTF8"),
+        ("a.csv", b"text\n\xff\xfe\n", r"a\.csv: line 2: not UTF-8 at byte 0; save it as UTF-8"),
+        ("a.csv", b"text\n" + b"a\n" * 600_000 + b"caf\xe9\n", r"a\.csv: line 600002: not UTF-8 at byte 3"),
         ("a.csv", b"\ntext\n", "first line is blank"),
     ],
 )

@@ -87,7 +87,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     model = ModelInfo.load(asked["model"])
     texts = pq.read_table(asked["rows"])["text"].to_pylist()
-    texts = texts[:: max(len(texts) // asked["limit"], 1)]
     ways = {"raylm": by_raylm, "iterable": by_iterable}
     if asked["way"] == "generate":
         steps = by_generate(model, texts, asked["beam_size"], asked["batch_size"])
