@@ -76,7 +76,7 @@ def run_batch(
     columns = dict(columns or {})
     wording = to, source_language, settings.batch.prompt, settings.batch.system
     answerer = _served(task, model, wording, connect) if through == "serve" else _loaded(settings, task, model, wording)
-    prompt = answerer.prompt
+    batch, prompt = settings.batch.model_copy(update={"decode": answerer.decode}), answerer.prompt
     unknown = sorted(columns.keys() - set(prompt.fields))
     if unknown:
         raise SettingsError(
@@ -85,15 +85,14 @@ def run_batch(
     asked = {"prompt": asdict(prompt) | {"fields": list(prompt.fields)}, "columns": columns, "limit": limit}
     key = job_key(files, answerer.model.fingerprint, answerer.decode, asked)
     if dry_run:
-        return estimate(settings.batch, answerer.model, prompt, files, columns, limit)
+        return estimate(batch, answerer.model, prompt, files, columns, limit)
     outputs = output_files(target, files, input)
     finished = finished_manifest(target, key, outputs)
-    if finished and not (overwrite and _lacks_check(finished, settings.batch.check)):
-        _check_finished(finished, settings.batch)
+    if finished and not (overwrite and _lacks_check(finished, batch.check)):
+        _check_finished(finished, batch)
         return finished
 
     with claimed_output(target, key, overwrite) as work:
-        batch = settings.batch.model_copy(update={"decode": answerer.decode})
         job = plan_job(files, prompt, columns, limit, batch, work, key)
         if batch.check:
             check_references(job, batch.check)

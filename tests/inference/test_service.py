@@ -26,7 +26,7 @@ from raylm.inference.engines import Engine, load_engine
 from raylm.inference.model import ModelInfo
 from raylm.inference.prompts import Prompt
 from raylm.inference.service.start import start_service, stop_service, wait_for_signal
-from raylm.settings import Settings
+from raylm.settings import BatchSettings, DecodeSettings, Settings
 from raylm.tasks import TRANSLATE
 from tests.browser import live_page
 
@@ -206,6 +206,9 @@ def test_a_batch_job_through_the_service_gives_what_actors_give(
     assert pq.read_table(tmp_path / "serve.parquet").equals(pq.read_table(tmp_path / "actors.parquet"))
     assert served.counts == acted.counts and served.counts["answered"] == 300
     assert served.settings["through"] == "serve"
+    other = SETTINGS.model_copy(update={"batch": BatchSettings(decode=DecodeSettings(beam_size=4))})
+    foretold = run_batch(other, TRANSLATE, str(source), through="serve", dry_run=True)
+    assert foretold.settings["decode"] == served.settings["decode"], "the service decodes in its own way"
 
 
 def test_online_requests_do_not_wait_for_batch_jobs(service: str, sentences: list[str]) -> None:
