@@ -126,11 +126,9 @@ def _blocks(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[list[tuple[s
 def _json_rows(place: StoragePath) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line that is not blank, with the object it holds."""
     for number, raw in enumerate(_lines(place), start=1):
+        line = _decoded(place, number, raw).strip()
         try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             row = json.loads(line) if line else None
-        except UnicodeDecodeError as error:
-            raise InputError(f"{place}: line {number}: not UTF-8 at byte {error.start}") from None
         except ValueError as error:
             raise InputError(f"{place}: line {number}: not JSON: {error}; one object a line is expected") from None
         except RecursionError:
@@ -165,6 +163,17 @@ def _lines(place: StoragePath) -> Iterator[bytes]:
             yield from lines
     if rest:
         yield rest
+
+
+def _decoded(place: StoragePath, number: int, line: bytes) -> str:
+    """The text of a line, of the first one without a byte order mark.
+
+    :raises InputError: it is not UTF-8.
+    """
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place}: line {number}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
 
 
 class _Columns:
@@ -294,7 +303,8 @@ def _prepare_csv(place: StoragePath, target: StoragePath) -> tuple[int, pa.Schem
             first = list(islice(batches, 1))
             rows = _write(chain(first, batches), columns, target)
     except pa.ArrowInvalid as error:
-        _check_encoding(_lines(place), place)
+        for number, line in enumerate(_lines(place), start=1):  # Arrow does not say which is not UTF-8
+            _decoded(place, number, line)
         raise InputError(f"{place}: not readable as CSV: {first_line(error)}") from error
     return rows, _mark_numbers(first[0].slice(0, PREPARED_ROWS)) if first else columns
 
@@ -302,24 +312,15 @@ def _prepare_csv(place: StoragePath, target: StoragePath) -> tuple[int, pa.Schem
 def _header(place: StoragePath) -> list[str]:
     with _opened(place) as stream:
         head = bytes(stream.read(1 << 20))
-    head = head[: head.rfind(b"\n") + 1 or None]
-    _check_encoding(head.split(b"\n"), place)
-    names = next(csv.reader(io.StringIO(head.decode("utf-8-sig"), newline="")), [])
+    lines = head[: head.rfind(b"\n") + 1 or None].split(b"\n")
+    text = "\n".join(_decoded(place, number, line) for number, line in enumerate(lines, start=1))
+    names = next(csv.reader(io.StringIO(text, newline="")), [])
     twice = sorted({name for name in names if names.count(name) > 1})
     if not names:
         raise InputError(f"{place}: the first line is blank; a header with the names of the columns is expected")
     if twice:
         raise InputError(f"{place}: the header names a column twice: {', '.join(twice)}")
     return names
-
-
-def _check_encoding(lines: Iterable[bytes], place: StoragePath) -> None:
-    """:raises InputError: one of the lines is not UTF-8."""
-    for number, line in enumerate(lines, start=1):
-        try:
-            line.decode()
-        except UnicodeDecodeError as error:
-            raise InputError(f"{place}: line {number}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
 
 
 def _mark_numbers(batch: pa.RecordBatch) -> pa.Schema:
