@@ -148,12 +148,12 @@ def test_replicas_come_when_they_are_asked_for(started: Callable[..., str]) -> N
     for person in people:
         person.start()
     end = time.monotonic() + 150  # the load has to last for half a minute, and a replica has to start beside it
-    while running() < 2 and time.monotonic() < end:
+    while (busy := running()) < 2 and time.monotonic() < end:
         time.sleep(0.5)
     stop.set()
     for person in people:
         person.join()
-    assert running() == 2, "thirty-two at a time keep two busy"
+    assert busy == 2, "thirty-two at a time keep two busy"
 
 
 def test_callers_who_go_take_no_other_with_them(started: Callable[..., str]) -> None:
