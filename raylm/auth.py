@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from raylm.errors import RaylmError, first_line
 
 
 def ensure_token(path: Path) -> None:
-    """Make a token that only this user can read, where there is none."""
+    """Make a token that only this user can read, where there is none; of two that are made at once, one stays."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", opener=lambda place, flags: os.open(place, flags, 0o600)) as file:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-") as file:  # only this user's
         file.write(secrets.token_hex(32))
+        file.flush()
+        with suppress(FileExistsError):
+            os.link(file.name, path)
 
 
 def not_let_in(where: str, error: Exception) -> RaylmError:

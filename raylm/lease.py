@@ -69,8 +69,9 @@ def _locked(lock: Path, taken: str) -> Iterator[Callable[[], None]]:
         except OSError as error:
             file.close()
             raise OutputError(f"{lock}: this filesystem has no locks ({error.strerror}); use another") from error
-        if lock.is_file() and os.fstat(file.fileno()).st_ino == lock.stat().st_ino:
-            break
+        with suppress(FileNotFoundError):
+            if os.fstat(file.fileno()).st_ino == lock.stat().st_ino:
+                break
         file.close()  # its holder has just ended, and removed it
     try:
         file.truncate(0)

@@ -36,7 +36,8 @@ PREDICTIONS = "predictions.jsonl"
 _COPY_BYTES = 8 << 20
 _RETRY_AFTER_S = (1.0, 5.0, 20.0)
 """How long to wait before an object store is asked again."""
-
+_UNUSED_S = 30 * 86_400
+"""Copies that nobody has asked for so long are not kept."""
 _AT_ONCE = 16
 """Questions to a storage at once: an object store answers each after tens of milliseconds."""
 
@@ -262,7 +263,8 @@ class StoragePath:
     def at_hand(self) -> Path:
         """This file, or this directory with the files in it, on local disk: itself, or a copy.
 
-        A copy is made once on a machine, and again when what is on storage has changed.
+        A copy is made once on a machine, and again when what is on storage has changed. A process that
+        makes one first removes those that nobody has asked for in a month.
 
         :raises FileNotFoundError: there is nothing to copy.
         """
@@ -279,11 +281,13 @@ class StoragePath:
         with Path(f"{place}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # others wait for the first; the system frees it if that one dies
             if not place.is_dir():
+                _forget_unused(copies)
                 partial = Path(f"{place}.partial")
                 shutil.rmtree(partial, ignore_errors=True)
                 for file, _ in files:
                     file.download(partial / file.name)
                 partial.rename(place)
+            os.utime(place)
         return place / self.name if own.is_file else place
 
     def content_hash(self) -> str:
@@ -293,6 +297,17 @@ class StoragePath:
             while block := source.read(_COPY_BYTES):
                 digest.update(block)
         return digest.hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _forget_unused(copies: Path) -> None:
+    """Remove the copies that nobody has asked for in a month; once a process."""
+    for place in copies.iterdir():
+        if not place.is_dir() or time.time() - place.stat().st_mtime < _UNUSED_S:
+            continue
+        with Path(f"{place}.lock").open("w") as lock, suppress(BlockingIOError):  # somebody asks for it now
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager
@@ -423,6 +438,8 @@ class Manifest:
         try:
             content = file.read_json()
             manifest = cls(**content, directory=str(directory))
+        except FileNotFoundError:  # it has just been removed
+            return None
         except (ValueError, TypeError) as error:
             raise ArtifactError(f"{file}: not a manifest of raylm ({error}); {_MEND}") from error
         if content.pop("seal", None) not in (None, "", fingerprint(content)):

@@ -16,8 +16,11 @@ import pytest
 
 _QUIET = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 )  # fmt: skip
+
+_GOES_ELSEWHERE = -32000
+"""The protocol's code of what was asked of a page that was just left."""
 
 
 def _browser() -> str:
@@ -43,12 +46,14 @@ class LivePage:
         self._socket, self._number = socket, 0
 
     def evaluate(self, script: str) -> Any:
-        """What a line of JavaScript gives in the page."""
+        """What a line of JavaScript gives in the page; None while another page comes in its place."""
         self._number += 1
         asked = {"expression": script, "returnByValue": True}
         self._socket.send(json.dumps({"id": self._number, "method": "Runtime.evaluate", "params": asked}))
         while (answer := json.loads(self._socket.recv(30))).get("id") != self._number:
             pass
+        if answer.get("error", {}).get("code") == _GOES_ELSEWHERE:
+            return None
         return answer["result"]["result"].get("value")
 
     def wait(self, condition: str, timeout_s: float = 60) -> str:
@@ -81,10 +86,14 @@ def live_page(address: str, profile: Path) -> Iterator[LivePage]:
         asked = urllib.request.Request(f"http://127.0.0.1:{port}/json/new?about:blank", method="PUT")
         with urllib.request.urlopen(asked, timeout=30) as answer:
             page = json.load(answer)["webSocketDebuggerUrl"]
-        with connect(page, max_size=None) as socket:
+        with connect(page, max_size=None, open_timeout=60, ping_interval=None) as socket:
             opened = LivePage(socket)
             opened.evaluate(f"location.href = {json.dumps(address)}")
             yield opened
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from pyarrow import fs
 
@@ -21,6 +22,12 @@ DATA = Path(os.environ.get("RAYLM_DATA", REPOSITORY.parent / "shared" / "data"))
 _CACHE = tempfile.TemporaryDirectory(prefix="raylm-cache-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
+# The same examples each time, however busy the machine; `--hypothesis-profile=default` looks for new ones.
+hypothesis.settings.register_profile(
+    "steady", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("steady")
+
 # No hub is asked for anything, and no earlier cluster of this machine is joined by accident.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)
@@ -32,8 +39,9 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray of this session's own, with logical CPUs to spare so that helper actors never starve."""
     import ray
 
-    # Ray's socket paths are limited to 107 bytes: the directory has to be near the root.
-    with tempfile.TemporaryDirectory(prefix="raylm-", dir="/tmp") as directory:
+    # Ray's socket paths are limited to 107 bytes: the directory has to be near the root. Ray's processes end after
+    # `shutdown`, and may write while it is removed.
+    with tempfile.TemporaryDirectory(prefix="raylm-", dir="/tmp", ignore_cleanup_errors=True) as directory:
         ray.init(
             address="local",
             num_cpus=4,

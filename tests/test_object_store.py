@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
+from raylm import storage
 from raylm.cli import main
 from raylm.errors import StoreError
 from raylm.settings import Settings
@@ -81,3 +84,20 @@ def test_an_object_is_published_whole_or_not_at_all(object_store: str) -> None:
     with fresh.writing() as stream:
         stream.write(b"x" * (20 << 20))  # of several parts
     assert fresh.info().size == 20 << 20
+
+
+def test_copies_that_nobody_asks_for_are_not_kept(
+    object_store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    old, used, new = (StoragePath(object_store.format(f"copied/{name}.txt")) for name in ("old", "used", "new"))
+    for file in (old, used, new):
+        file.write_bytes(file.name.encode())
+    forgotten, kept = old.at_hand(), used.at_hand()
+    for copy in (forgotten, kept):
+        os.utime(copy.parent, (0, 0))
+    used.at_hand()
+    storage._forget_unused.cache_clear()  # as in another process
+    assert new.at_hand().read_text() == "new.txt"
+    assert kept.exists() and not forgotten.parent.exists()
+    assert old.at_hand().read_text() == "old.txt", "it is copied again"

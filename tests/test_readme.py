@@ -79,7 +79,7 @@ def test_the_readmes_commands_run(small_settings: Settings, ray_cluster: None, t
             env=environment | {"RAY_ADDRESS": address},
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=1_200,
             check=False,
         )
         assert found.returncode == 0, f"{command}\n{found.stdout}\n{found.stderr}"

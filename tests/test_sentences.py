@@ -15,14 +15,14 @@ from raylm.sentences import split_text
 SIGNS = st.text(alphabet=st.sampled_from("aB1 .!?…。！？．３\"'”)(\n\r\t\u2028-*—é中、,"), max_size=60)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(SIGNS | st.text(max_size=80))
 def test_its_own_sentences_give_the_text_back(text: str) -> None:
     parts = split_text(text)
     assert parts.join(parts.sentences) == text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SIGNS)
 def test_sentences_carry_no_white_space_around_them_and_no_line_end(text: str) -> None:
     for sentence in split_text(text).sentences:

@@ -73,11 +73,14 @@ def test_upload_download_and_hash_keep_the_bytes(tmp_path: Path) -> None:
     assert there.content_hash() != StoragePath(str(source)).content_hash()
 
 
-def test_a_manifest_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_manifest_comes_back_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = StoragePath(str(tmp_path))
     assert Manifest.read(directory) is None
     written = Manifest(stage="prepare", counts={"read": 3}, samples=[{"text": "日本"}]).write(directory)
     assert Manifest.read(directory) == written
+    with monkeypatch.context() as looked:  # and then another process has removed it
+        looked.setattr(StoragePath, "is_file", lambda _: True)
+        assert Manifest.read(directory / "gone") is None
     file = tmp_path / "manifest.json"
     file.write_text(file.read_text().replace('"read": 3', '"read": 4'))
     with pytest.raises(ArtifactError, match="is not as it was written.*; delete this file, and make the artifact anew"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +13,8 @@ from raylm.storage import StoragePath
 
 _PATIENCE_S = 300.0
 """How long machines have for their logs."""
+_WRITTEN_ANEW_BYTES = 1 << 20
+"""Files that Ray writes anew are smaller."""
 
 
 class Collected(NamedTuple):
@@ -63,4 +67,17 @@ def _archive(address: str) -> None:
     with StoragePath(address).writing() as sink, tarfile.open(fileobj=sink, mode="w|gz") as archive:
         for file in sorted(logs.rglob("*")):
             if file.is_file():
-                archive.add(file, file.relative_to(logs), recursive=False)
+                with suppress(FileNotFoundError):  # it has just been removed
+                    _add(archive, file, str(file.relative_to(logs)))
+
+
+def _add(archive: tarfile.TarFile, file: Path, name: str) -> None:
+    """Add a file as it is now: others grow meanwhile, and small ones are written anew."""
+    with file.open("rb") as content:
+        entry = archive.gettarinfo(arcname=name, fileobj=content)
+        if entry.size > _WRITTEN_ANEW_BYTES:
+            archive.addfile(entry, content)
+            return
+        held = content.read(_WRITTEN_ANEW_BYTES)
+    entry.size = len(held)
+    archive.addfile(entry, io.BytesIO(held))

@@ -247,7 +247,7 @@ def _add_speed(manifest: Manifest, job: Job, left: list[Chunk], watch: Stopwatch
     seconds = max(watch.elapsed_s, 1e-3)
     rows = sum(chunk.rows for chunk in left)
     share = rows / job.rows if job.rows else 0.0
-    manifest.wall_time_s = watch.elapsed_s
+    manifest.wall_time_s = seconds
     manifest.metrics |= {
         "rows_per_s": round(rows / seconds, 2),
         "output_tokens_per_s": round(manifest.metrics["output_tokens"] * share / seconds, 2),

@@ -190,11 +190,12 @@ class _Worker:
         started = time.monotonic()
         state = {"guard": self._guard.state(), "patience": self._patience.state()}
         noted = noted | self._setup.training.position(self._device) | state
-        self._writer.save(self._setup.engine, self._setup.average, noted)
+        # First, so that no checkpoint is there without the rows of the steps before it.
         if self._record:
             self._record.publish()
         if self._log:
             self._log.publish()
+        self._writer.save(self._setup.engine, self._setup.average, noted)
         self._window.checkpoint_s += time.monotonic() - started
 
     def _end(self, is_finished: bool) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,20 @@ NETWORK = "127.77.1"
 TOKEN = "5" * 64
 
 
+PATIENCE_S = 600
+"""With a command that takes a minute by itself: this machine may be busy with others."""
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    with closing(socket.socket()) as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
+    """One above those of Ray's workers, and below those that the system gives out by itself."""
+    for port in random.SystemRandom().sample(range(20_000, 32_768), 200):
+        with closing(socket.socket()) as taken, suppress(OSError):
+            taken.bind(("", port))
+            if port not in _given:
+                _given.add(port)
+                return port
+    raise AssertionError("no port is free")
 
 
 class Cluster:
@@ -51,7 +62,10 @@ class Cluster:
         values["metadata"] = {"raylm": settings.model_dump(mode="json") | {"storage": str(self.storage)}}
         host = "--dashboard-host=127.0.0.1"
         for key in ("head_start_ray_commands", "worker_start_ray_commands"):
-            own = [text.replace("6379", str(self.gcs)) for text in values[key]]
+            own = [
+                text.replace("6379", str(self.gcs)).replace("timeout 120", f"timeout {PATIENCE_S}")
+                for text in values[key]
+            ]
             values[key] = [text.replace(host, f"{host} --dashboard-port={self.dashboard}") for text in own]
         change(values)
         self.file = directory / "cluster.yaml"
@@ -79,7 +93,7 @@ class Cluster:
     def _run(self, command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command, env=self.environment | environment,
-            cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False,
+            cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
         )  # fmt: skip
 
     def submit(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -104,8 +118,9 @@ class Cluster:
 
     def end(self) -> None:
         """Leave nothing of it, whether it is up or not."""
-        for node in self.provider.non_terminated_nodes({}):
-            self.provider.terminate_node(node)
+        while nodes := self.provider.non_terminated_nodes({}):  # the head may make one meanwhile
+            for node in nodes:
+                self.provider.terminate_node(node)
         shutil.rmtree(self.provider.directory(f"{self.name}-2").parent, ignore_errors=True)
 
     def workers(self) -> list[str]:

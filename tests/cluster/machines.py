@@ -24,7 +24,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 _NEEDED = ("unshare", "nsenter", "ip", "sshd", "ssh", "ssh-keygen", "rsync")
 _NEW_NETWORK = 0x40000000  # CLONE_NEWNET of sched.h
-_READY_S = 20
+_READY_S = 120
 
 Result = TypeVar("Result")
 
@@ -136,7 +136,7 @@ class Machine:
         entered = (f"--net={namespaces}/net", f"--mount={namespaces}/mnt", f"--pid={namespaces}/pid_for_children")
         return ["nsenter", *entered, "--", *words]
 
-    def run(self, *words: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
         """A command of this machine's user in the checkout, with the environment of the tests on its path."""
         line = 'cd "$0" && . ~/.bashrc && exec "$@"'  # a process begins at the root of another's mounts
         path = f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}"

@@ -25,3 +25,14 @@ def own_account(client: Callable[[str], Any]) -> tuple[str, str]:
         iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
     client("ssm").put_parameter(Name=PARAMETER, Value=IMAGE, Type="String")
     return subnet["Subnet"]["SubnetId"], group
+
+
+def forget_earlier_tests() -> None:
+    """Empty moto, whose memory is that of the process, of all but S3, where other tests have a bucket."""
+    from moto.backends import get_backend
+
+    for service in ("ec2", "iam", "ssm"):
+        backends = get_backend(service)
+        for account in backends.values():
+            account.reset()
+        backends.clear()

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.conftest import REPOSITORY
-from tests.cluster.owner import IMAGE, PARAMETER, own_account
+from tests.cluster.owner import IMAGE, PARAMETER, forget_earlier_tests, own_account
 
 boto3 = pytest.importorskip("boto3")
 server = pytest.importorskip("moto.server")
@@ -27,7 +26,7 @@ def aws(tmp_path: Path) -> Iterator[dict[str, str]]:
     moto = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
     host, port = moto.get_host_and_port()
-    urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()  # it remembers earlier tests
+    forget_earlier_tests()
     (tmp_path / ".ray").mkdir()
     token = tmp_path / ".ray" / "auth_token"
     token.write_text("0" * 64)
@@ -68,7 +67,7 @@ def command(aws: dict[str, str], *words: str) -> subprocess.CompletedProcess[str
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
 

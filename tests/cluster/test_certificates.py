@@ -113,7 +113,7 @@ def test_a_cluster_speaks_with_its_own_machines_alone(tmp_path: Path, small_sett
 def _hears(host: str, port: int, context: ssl.SSLContext) -> bool:
     """Whether a server of HTTP/2 says anything to who comes like this."""
     context.set_alpn_protocols(["h2"])
-    plain = socket.create_connection((host, port), timeout=10)
+    plain = socket.create_connection((host, port), timeout=60)
     try:
         with plain, context.wrap_socket(plain, server_hostname=host) as line:
             return bool(line.recv(1))

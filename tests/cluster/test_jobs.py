@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import REPOSITORY, Cluster
+from tests.cluster.conftest import PATIENCE_S, REPOSITORY, Cluster
 
 pytestmark = pytest.mark.slow
 
 _TALKER = """\
 import sys, time
 for number in range(int(sys.argv[1])):
-    print(f"line {number}", flush=True)
+    sys.stdout.write(f"line {number}\n")
     if number % 40 == 39:
         time.sleep(0.5)
 """
@@ -87,7 +87,7 @@ def start(cluster: Cluster, *words: str, port: int | None = None, **environment:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=PATIENCE_S)
     return process.returncode, out, err
 
 
@@ -115,11 +115,11 @@ def scripts(cluster: Cluster) -> Path:
     directory = cluster.file.parent
     for name, text in {
         "talk.py": _TALKER,
-        "fail.py": "import sys\nprint('no', flush=True)\nsys.exit(7)\n",
+        "fail.py": "import sys\nsys.stdout.write('no\\n')\nsys.exit(7)\n",
         "once.py": "import pathlib, sys\nmark = pathlib.Path(sys.argv[1])\nif not mark.exists():\n    mark.touch()\n"
-        "    sys.exit(3)\nprint('at last')\n",
-        "wait.py": "import pathlib, sys, time\nprint('waiting', flush=True)\n"
-        "while not pathlib.Path(sys.argv[1]).exists():\n    time.sleep(0.1)\nprint('done')\n",
+        "    sys.exit(3)\nsys.stdout.write('at last\\n')\n",
+        "wait.py": "import pathlib, sys, time\nsys.stdout.write('waiting\\n')\n"
+        "while not pathlib.Path(sys.argv[1]).exists():\n    time.sleep(0.1)\nsys.stdout.write('done\\n')\n",
     }.items():
         script = directory / name
         script.write_text(f"#!{sys.executable}\n{text}")
@@ -128,10 +128,10 @@ def scripts(cluster: Cluster) -> Path:
 
 
 def test_output_has_no_gap_and_no_repeat_over_a_line_that_breaks(cluster: Cluster, scripts: Path) -> None:
-    with breaking_line(cluster.dashboard, seconds=3) as line:
-        code, out, err = ended(start(cluster, "submit", str(scripts / "talk.py"), "600", port=line.port))
+    with breaking_line(cluster.dashboard, seconds=5) as line:
+        code, out, err = ended(start(cluster, "submit", str(scripts / "talk.py"), "1000", port=line.port))
     assert code == 0, err
-    assert own(out).splitlines() == [f"line {number}" for number in range(600)]
+    assert own(out).splitlines() == [f"line {number}" for number in range(1_000)]
     assert line.cut > 2
     named = re.search(r"\braylm-talk-\w+-1\b", err)
     assert named, err
@@ -162,11 +162,14 @@ def test_a_second_call_joins_the_job_that_runs(cluster: Cluster, scripts: Path, 
     assert (code, code_again, own(out)) == (0, 0, "waiting\ndone\n"), said + err + said_again + err_again
     assert out_again == out
     third = ended(start(cluster, *words))
-    assert third[2].split()[0].endswith("-2")
+    assert re.search(r"\braylm-wait-\w+-2\b", third[2]), third
 
 
 def test_the_status_tells_machines_price_and_jobs(cluster: Cluster, scripts: Path) -> None:
-    submitted = ended(start(cluster, "submit", str(scripts / "fail.py")))[2].split()[0]
+    said = ended(start(cluster, "submit", str(scripts / "fail.py")))[2]
+    named = re.search(r"\braylm-fail-\w+-\d+\b", said)
+    assert named, said
+    submitted = named[0]
     code, out, err = ended(start(cluster, "status", "--json", "--set", "prices.other=0.5"))
     assert code == 0, err
     found = json.loads(out)

@@ -19,7 +19,7 @@ from raylm.cluster import logs
 from raylm.errors import RaylmError
 from raylm.settings import Settings
 from raylm.storage import StoragePath
-from tests.cluster.conftest import REPOSITORY, Cluster
+from tests.cluster.conftest import PATIENCE_S, REPOSITORY, Cluster
 
 CLUSTERS = REPOSITORY / "clusters"
 
@@ -45,8 +45,8 @@ def run(cluster: Cluster, script: str, *arguments: str) -> subprocess.Popen[str]
 
 @pytest.mark.slow
 def test_a_cluster_ends_with_its_job_though_that_fails(unlaunched: Cluster) -> None:
-    process = run(unlaunched, "import sys\nprint('said', sys.argv[1], flush=True)\nsys.exit(7)\n", "this")
-    output, _ = process.communicate(timeout=240)
+    process = run(unlaunched, "import sys\nsys.stdout.write(f'said {sys.argv[1]}\\n')\nsys.exit(7)\n", "this")
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 7, output
     assert "said this\n" in output
     assert unlaunched.processes() == []
@@ -62,7 +62,7 @@ def test_a_cluster_ends_with_its_job_though_that_fails(unlaunched: Cluster) -> N
 
 @pytest.mark.slow
 def test_a_cluster_ends_when_its_command_is_stopped(unlaunched: Cluster) -> None:
-    process = run(unlaunched, "import time\nprint('at work', flush=True)\ntime.sleep(600)\n")
+    process = run(unlaunched, "import sys, time\nsys.stdout.write('at work\\n')\ntime.sleep(600)\n")
     assert process.stdout
     seen = ""
     for line in process.stdout:
@@ -70,7 +70,7 @@ def test_a_cluster_ends_when_its_command_is_stopped(unlaunched: Cluster) -> None
         if line == "at work\n":
             process.send_signal(signal.SIGTERM)
             break
-    rest, _ = process.communicate(timeout=120)
+    rest, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130, seen + rest
     assert unlaunched.processes() == []
     assert unlaunched.provider.non_terminated_nodes({}) == []
@@ -89,14 +89,16 @@ def test_a_setup_that_fails_is_told_with_how_to_end_what_it_left(unlaunched: Clu
 
 
 _COLLECT = """
-import sys
+import sys, time
 from raylm.cluster import launch
 from raylm.cluster.jobs import connect
 from raylm.settings import JobSettings
 launch._LOGS_S = 8
 client = connect(sys.argv[1])
 launch._keep_logs(client, "a-job", JobSettings(retries=2, entrypoint_resources={"absent": 1}), print)
-[job] = [job for job in client.list_jobs() if "collect_logs" in job.entrypoint]
+while not (found := [job for job in client.list_jobs() if "collect_logs" in job.entrypoint]):
+    time.sleep(0.5)  # a head is slow to take its first job
+[job] = found
 client.stop_job(job.submission_id)
 """
 
@@ -106,7 +108,7 @@ def test_an_end_does_not_wait_for_logs_that_do_not_come(cluster: Cluster) -> Non
     """No machine can run the job that would bring them."""
     found = subprocess.run(
         [sys.executable, "-c", _COLLECT, f"http://127.0.0.1:{cluster.dashboard}"],
-        env=cluster.environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=90, check=False,
+        env=cluster.environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     assert (found.returncode, found.stdout) == (0, "the machines' logs are lost: not collected within 8 s\n"), found
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import pyarrow as pa
@@ -17,10 +17,11 @@ import pytest
 from ray.autoscaler.tags import TAG_RAY_USER_NODE_TYPE
 
 from raylm.settings import Settings
-from tests.cluster.conftest import REPOSITORY, Cluster
+from tests.cluster.conftest import PATIENCE_S, REPOSITORY, Cluster
 from tests.inference.conftest import build_model_directory, english_sentences
 
 ROWS = 12_000
+T = TypeVar("T")
 
 
 def with_a_driver(values: dict[str, Any]) -> None:
@@ -28,23 +29,30 @@ def with_a_driver(values: dict[str, Any]) -> None:
     nodes = values["available_node_types"]
     nodes["head"]["resources"] = {"CPU": 0}
     nodes["worker"]["resources"] = {"CPU": 1}
-    nodes["driver"] = {"resources": {"CPU": 1, "driver": 1}, "node_config": {}, "min_workers": 0, "max_workers": 1}
+    nodes["driver"] = {"resources": {"CPU": 0, "driver": 1}, "node_config": {}, "min_workers": 0, "max_workers": 1}
     values["max_workers"] = 3
     values["metadata"]["raylm"]["job"]["entrypoint_resources"] = {"driver": 1}
 
 
-def wait_for(what: str, condition: Callable[[], bool], job: subprocess.Popen[str], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
+def wait_for(what: str, condition: Callable[[], T], job: subprocess.Popen[str]) -> T:
+    """What a condition gives, once it gives something."""
+    end = time.monotonic() + PATIENCE_S
+    while not (found := condition()):
         assert job.poll() is None, f"the job ended before there was {what}"
-        assert time.monotonic() < end, f"no {what} after {seconds} s"
+        assert time.monotonic() < end, f"no {what} after {PATIENCE_S} s"
         time.sleep(0.1)
+    return found
 
 
-def kill(processes: Iterable[psutil.Process]) -> None:
+def kill(processes: Iterable[psutil.Process], but: str = "") -> None:
+    """Kill processes, all but those of a name, and wait for their end."""
+    killed = []
     for process in processes:
         with suppress(psutil.NoSuchProcess):
-            process.kill()
+            if process.name() != but:
+                process.kill()
+                killed.append(process)
+    psutil.wait_procs(killed, timeout=30)
 
 
 def names(cluster: Cluster, node: str) -> list[str]:
@@ -85,13 +93,13 @@ def test_a_job_outlives_its_head_and_a_worker(tmp_path: Path, small_settings: Se
         )  # fmt: skip
         wait_for("a result", lambda: done() > 3, job)
         before = done()
-        kill(process for process in cluster.processes_of(f"{cluster.name}-2") if process.name() != "sh")
+        kill(cluster.processes_of(f"{cluster.name}-2"), but="sh")
         wait_for("a head again", lambda: "gcs_server" in " ".join(names(cluster, f"{cluster.name}-2")), job)
         wait_for("a result after the head's death", lambda: done() > before + 10, job)
-        wait_for("a machine that computes", lambda: bool(computing(cluster)), job)
-        kill(cluster.processes_of(computing(cluster)[0]))
-        assert job.wait(timeout=240) == 0, (tmp_path / "log").read_text()[-3_000:]
-        end = time.monotonic() + 90
+        [worker, *_] = wait_for("a machine that computes", lambda: computing(cluster), job)
+        kill(cluster.processes_of(worker))
+        assert job.wait(timeout=PATIENCE_S) == 0, (tmp_path / "log").read_text()[-3_000:]
+        end = time.monotonic() + 300
         while cluster.workers():  # that of the job's own process, too: nothing of it is left to keep it busy
             assert time.monotonic() < end, [names(cluster, node) for node in cluster.workers()]
             time.sleep(1)
@@ -129,8 +137,9 @@ def test_a_job_whose_machine_falls_silent_is_tried_again(tmp_path: Path, small_s
         [driver] = cluster.provider.non_terminated_nodes({TAG_RAY_USER_NODE_TYPE: "driver"})
         begun.unlink()
         for process in cluster.processes_of(driver):
-            process.suspend()
-        wait_for("a second attempt", lambda: "attempt 2 of 2" in (tmp_path / "log").read_text(), job, seconds=240)
+            with suppress(psutil.NoSuchProcess):  # a `sleep 1` of Ray's that has just ended
+                process.suspend()
+        wait_for("a second attempt", lambda: "attempt 2 of 2" in (tmp_path / "log").read_text(), job)
         wait_for("another machine", begun.exists, job)
         assert not cluster.processes_of(driver)
         job.kill()

@@ -7,7 +7,6 @@ import shutil
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ import yaml
 
 from raylm.settings import Settings
 from tests.cluster.machines import REPOSITORY, Machine, Site, make_key, site
-from tests.cluster.owner import PARAMETER, own_account
+from tests.cluster.owner import PARAMETER, forget_earlier_tests, own_account
 
 _TOKEN = "7" * 64
 _LAPTOP, _OTHER_LAPTOP = "192.168.1.2", "192.168.1.4"
@@ -71,7 +70,7 @@ def test_machines_of_ones_own(tmp_path: Path, small_settings: Settings) -> None:
         machines = [here.add(f"192.168.1.{number}") for number in (10, 11, 12)]
         up = laptop.run("raylm", "up", file)
         assert up.returncode == 0, up.stdout + up.stderr
-        end = time.monotonic() + 120
+        end = time.monotonic() + 400
         while not all(any("raylet" in line for line in machine.processes()) for machine in machines):
             assert time.monotonic() < end, [machine.processes() for machine in machines]
             time.sleep(1)
@@ -91,7 +90,7 @@ def test_machines_of_ones_own(tmp_path: Path, small_settings: Settings) -> None:
 
         down = other.run("raylm", "down", file)
         assert down.returncode == 0, down.stdout + down.stderr
-        end = time.monotonic() + 60
+        end = time.monotonic() + 240
         while left := {machine.address: found for machine in machines if (found := machine.processes())}:
             assert time.monotonic() < end, left
             time.sleep(1)
@@ -124,7 +123,7 @@ class _Cloud:
 
         self._server = ThreadedMotoServer(ip_address=_CLOUD, port=5000, verbose=False)
         self._server.start()
-        urllib.request.urlopen(f"http://{_CLOUD}:5000/moto-api/reset", data=b"").close()
+        forget_earlier_tests()
 
     def client(self, service: str) -> Any:
         import boto3
@@ -212,7 +211,7 @@ def test_a_job_on_aws(tmp_path: Path, small_settings: Settings) -> None:
             job = tmp_path / "job.py"
             job.write_text(f"#!{sys.executable}\n{_JOB}")
             job.chmod(0o755)
-            ran = _laptop(here).run("raylm", "run", file, str(job), timeout_s=600)
+            ran = _laptop(here).run("raylm", "run", file, str(job), timeout_s=1_500)
             assert ran.returncode == 7, ran.stdout[-5_000:] + ran.stderr[-5_000:]
             assert "prepared\n" in ran.stdout
             assert cloud.running() == []

@@ -181,7 +181,7 @@ _JOB = """
 import json, ray
 ray.init()
 group = ray.util.placement_group([{"CPU": 2}] * 2, strategy="STRICT_SPREAD")
-ray.get(group.ready(), timeout=200)
+ray.get(group.ready(), timeout=400)
 print("LABELS", json.dumps([node["Labels"] for node in ray.nodes() if node["Alive"]]))
 """
 
@@ -201,7 +201,7 @@ def test_a_job_gets_all_its_machines_on_demand(tmp_path: Path, small_settings: S
         done = cluster.submit("--", sys.executable, "-c", _JOB)
         assert done.returncode == 0, done.stdout + done.stderr
         attempts = (cluster.provider._place / ATTEMPTS).read_text().splitlines()
-    [labels] = [line for line in done.stdout.splitlines() if line.startswith("LABELS")]
+    labels = done.stdout.partition("LABELS ")[2].partition("\n")[0]  # the autoscaler may have begun the line
     assert labels.count('"ray.io/market-type": "on-demand"') == 2
     assert labels.count('"ray.io/node-group": "steady"') == 2
     at = [float(line.split()[0]) for line in attempts]

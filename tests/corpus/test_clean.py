@@ -42,7 +42,7 @@ RULES = st.builds(
 BARE = CleanSettings(markup=False, boilerplate=False, cjk=False)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(TEXTS, RULES)
 def test_cleaning_twice_is_cleaning_once(text: str, rules: CleanSettings) -> None:
     for function in (clean, clean_line):
@@ -50,7 +50,7 @@ def test_cleaning_twice_is_cleaning_once(text: str, rules: CleanSettings) -> Non
         assert function(once, rules) == once
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(TEXTS, RULES)
 def test_result_is_regular(text: str, rules: CleanSettings) -> None:
     for function in (clean, clean_line):
@@ -191,14 +191,14 @@ PROSE = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(PROSE.filter(lambda lines: not any(set(line) <= set("-'. ") for line in lines)))
 def test_plain_prose_is_unchanged(lines: list[str]) -> None:
     assert clean("\n".join(lines)) == "\n".join(lines)
     assert clean_line(" ".join(lines)) == " ".join(lines)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(st.sampled_from(["a", "b", "", "Read more", "下一页", " a", "中 文", "Accept cookies"]), max_size=12))
 def test_lines_go_and_none_comes(lines: list[str]) -> None:
     text = "\n".join(lines)
@@ -402,7 +402,7 @@ SUSPECTS = "".join(re.findall(f"[{''.join(MOJIBAKE_CATEGORIES.values())}]", "".j
 MIXED = st.one_of(BROKEN, st.text(SUSPECTS + "aA .\n", max_size=6), st.sampled_from(PIECES), st.text(max_size=4))
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(st.lists(MIXED, max_size=8).map("".join))
 def test_broken_text_is_mended_as_ftfy_does(text: str) -> None:
     same_as_ftfy(text)

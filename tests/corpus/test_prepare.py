@@ -259,7 +259,7 @@ ray.init("local", num_cpus={cpus}, include_dashboard=False, log_to_driver=False,
 prepare(load({str(cluster)!r}))
 """
         subprocess.run(
-            [sys.executable, "-c", code], check=True, timeout=180, env=os.environ | {"PYTHONHASHSEED": str(cpus)},
+            [sys.executable, "-c", code], check=True, timeout=600, env=os.environ | {"PYTHONHASHSEED": str(cpus)},
             capture_output=True,
         )  # fmt: skip
         manifest = Manifest.read(StoragePath(f"{settings['storage']}/tokens/default"))

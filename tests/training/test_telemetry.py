@@ -41,7 +41,7 @@ def logged(run: StoragePath, first_step: int, steps: list[dict[str, Any]]) -> li
 # ---------------------------------------------------------------------------------------- windows
 
 
-STEP = StepResult(50.0, target_tokens=20, padded_tokens=100, real_tokens=60, flops=10**6, skipped=0, tally=())
+STEP = StepResult(50.0, target_tokens=20, padded_tokens=100, real_tokens=60, flops=10**7, skipped=0, tally=())
 
 
 def test_a_window_tells_speeds_and_shares() -> None:
@@ -56,7 +56,7 @@ def test_a_window_tells_speeds_and_shares() -> None:
     assert 4 * told["step_s"] >= 0.1  # 0.3 s without what was not training
     assert told["tokens_per_s"] == pytest.approx(100 / told["step_s"], rel=0.01)
     assert told["real_tokens_per_s"] == pytest.approx(0.6 * told["tokens_per_s"], rel=0.01)
-    assert told["mfu"] == pytest.approx(1e6 / told["step_s"] / 1e9, rel=0.01)
+    assert told["mfu"] == pytest.approx(1e7 / told["step_s"] / 1e9, rel=0.01)
     assert told["data_wait"] == pytest.approx(0.02 / (4 * told["step_s"]), rel=0.01)
     assert told["checkpoint_stall"] == pytest.approx(0.06 / (4 * told["step_s"] + 0.2), rel=0.01)
     assert (told["checkpoint_s"], told["validation_s"]) == (0.06, 0.14)
@@ -134,11 +134,13 @@ print(json.dumps(seen))
 def test_prometheus_sees_a_run_while_it_trains(small_settings: Settings, corpus: StoragePath) -> None:
     """A Ray of its own, whose workers export each second, is asked as Prometheus asks."""
     values = small_settings.model_dump()
-    values["pretrain"] |= {"name": "watched", "workers": 1, "steps": 20, "checkpoint_every": 5}
+    values["pretrain"] |= {"name": "watched", "workers": 1, "steps": 150, "checkpoint_every": 25, "validate_every": 5}
     settings = Settings.model_validate(values)
-    with tempfile.TemporaryDirectory(prefix="raylm-", dir="/tmp") as folder:  # the paths of Ray's sockets are short
+    with tempfile.TemporaryDirectory(prefix="raylm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         command = [sys.executable, "-c", WATCHED, folder]
-        done = subprocess.run(command, input=settings.model_dump_json(), capture_output=True, text=True)
+        done = subprocess.run(
+            command, input=settings.model_dump_json(), capture_output=True, text=True, timeout=900, check=False
+        )
     assert done.returncode == 0, done.stderr[-2_000:]
     seen = json.loads(done.stdout.splitlines()[-1])
     assert {f"ray_raylm_train_{name}" for name in ("step", "loss", "tokens_per_s", "learning_rate")} <= seen.keys()

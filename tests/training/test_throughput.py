@@ -185,7 +185,8 @@ def test_peak_of_a_group_is_the_sum(tmp_path: Path) -> None:
 
 
 def test_memory_is_the_peak_of_this_process() -> None:
+    held = psutil.Process().memory_info().rss / 1e9
     peak = peak_memory_gb(torch.device("cpu"))
     assert peak is not None
-    assert peak >= psutil.Process().memory_info().rss / 1e9
+    assert peak >= held * 0.99  # the kernel counts pages in batches
     assert peak <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1_024 / 1e9 * 1.05

@@ -198,6 +198,8 @@ class _Commands(CommandRunnerInterface):  # type: ignore[misc]
     ) -> str:
         if not cmd or cmd == "uptime":  # the launcher's question whether a machine is there
             return ""
+        if not self._provider.is_running(self._node_id):  # what it starts would be nobody's
+            raise ProcessRunnerError("the machine is gone", "ssh_command_failed", code=1, command=cmd)
         if cmd.strip() == "ray stop" or cmd.strip().endswith("; ray stop"):  # would end every Ray of this user
             self._provider.stop(self._node_id)
             return ""

@@ -56,7 +56,7 @@ class ServiceClient:
             raise RaylmError(absent)
         try:
             handle = serve.get_deployment_handle(MODEL, APPLICATION)
-            described = handle.describe.remote().result(timeout_s=_PATIENCE_S)
+            described = _again(lambda: handle.describe.remote().result(timeout_s=_PATIENCE_S))
         except (RayServeException, RayActorError, TimeoutError, KeyError) as error:
             raise RaylmError(absent) from error
         facts = described["model"]
@@ -75,7 +75,7 @@ class ServiceClient:
 
     def prompt_for(self, task: Task, *asked: str | None) -> Prompt:
         """`prompt_for` with the service's model."""
-        prompt: Prompt = _patiently(lambda: self._handle.prompt.remote(task.name, *asked))
+        prompt: Prompt = _again(lambda: _patiently(lambda: self._handle.prompt.remote(task.name, *asked)))
         return prompt
 
     def answer(self, rows: Sequence[Row], prompt: Prompt) -> list[Output]:
@@ -103,6 +103,14 @@ class ServiceClient:
     def _ask(self, rows: Sequence[Row], prompt: Prompt) -> list[Output]:
         outputs: list[Output] = _patiently(lambda: self._handle.answer.remote(list(rows), prompt, self.fingerprint))
         return outputs
+
+
+def _again(ask: Callable[[], Any]) -> Any:
+    """The answer to what stops no replica, asked for once more where one ends meanwhile."""
+    try:
+        return ask()
+    except RayActorError:
+        return ask()
 
 
 def _patiently(send: Callable[[], Any]) -> Any:

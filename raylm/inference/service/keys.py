@@ -21,6 +21,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from raylm.errors import SettingsError
+from raylm.lease import held
 from raylm.settings import Section
 from raylm.storage import StoragePath
 
@@ -67,9 +68,15 @@ def add_key(place: StoragePath, name: str, requests_per_minute: int | None, text
     """A new key, which is written nowhere: the file, made where it is missing, gets its hash.
 
     :raises SettingsError: the name is taken or no name, or the file holds something else.
+    :raises Taken: another process adds one at this moment.
     """
     if not _NAME.fullmatch(name):
         raise SettingsError(f"key {name!r}: a name has letters, digits and _ . @ - only")
+    with held(place.parent.mkdir() / f"{place.name}.lock", f"key {name}: {{who}} adds one to {place} now; try again"):
+        return _added(place, name, requests_per_minute, texts_per_minute)
+
+
+def _added(place: StoragePath, name: str, requests_per_minute: int | None, texts_per_minute: int | None) -> str:
     keys = read_keys(place) if place.is_file() else {}
     if name in keys:
         raise SettingsError(f"key {name}: {place} has one already; take its entry out there to make it anew")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 import ray
 import yaml
 from ray import serve
+from ray.exceptions import RayActorError
 
 from raylm.capacity import machines
 from raylm.errors import RaylmError
@@ -208,20 +210,25 @@ def stop_service() -> None:
         with suppress(TimeoutError):  # some answer takes its time; what is left of it ends with Ray Serve
             serve.delete(APPLICATION)
         if serve.status().applications.keys() <= {APPLICATION}:
-            serve.shutdown()
+            serve.shutdown()  # which may return before its end
+            end = time.monotonic() + _PATIENCE_S
+            while _running_port() is not None and time.monotonic() < end:
+                time.sleep(0.1)
 
 
 def wait_for_signal() -> None:
     """Comes back at SIGINT or SIGTERM; only for the main thread."""
-    stopped = threading.Event()
+    told, tell = os.pipe()  # an Event has a lock, which a handler would wait for that comes while it is held
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in handlers:
-        signal.signal(number, lambda *_: stopped.set())
+        signal.signal(number, lambda *_: os.write(tell, b"."))
     try:
-        stopped.wait()
+        os.read(told, 1)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        os.close(told)
+        os.close(tell)
 
 
 def _running_port() -> int | None:
@@ -230,9 +237,9 @@ def _running_port() -> int | None:
 
     try:
         controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-    except ValueError:
+        return int(ray.get(controller.get_http_config.remote()).port)
+    except (ValueError, RayActorError):  # there is none, or it is ending
         return None
-    return int(ray.get(controller.get_http_config.remote()).port)
 
 
 def _free_port(host: str, port: int) -> int:
