@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from raylm.cluster.commands import check_commands
 from raylm.cluster.exposure import check_exposure
 from raylm.cluster.file import ClusterFile, Finding, read
 from raylm.cluster.fit import check_fit
-from raylm.cluster.launching import check_launching
 from raylm.cluster.nodes import check_nodes
 from raylm.cluster.stock import check_prepared, check_shape
 
@@ -30,6 +30,6 @@ def _findings(cluster: ClusterFile) -> Iterator[Finding]:
         return  # what follows takes the shape for granted
     yield from check_prepared(cluster)
     yield from check_nodes(cluster)
-    yield from check_launching(cluster)
+    yield from check_commands(cluster)
     yield from check_exposure(cluster)
     yield from check_fit(cluster)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from raylm.cluster.commands import commands
 from raylm.cluster.file import CLOUDS, ClusterFile, Finding
-from raylm.cluster.launching import commands
 
 _WORLD = ("0.0.0.0/0", "::/0")
 _SECRETS = {

@@ -16,9 +16,9 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from raylm.cluster.commands import commands
 from raylm.cluster.file import ClusterFile, read
 from raylm.cluster.jobs import DASHBOARD_PORT
-from raylm.cluster.launching import commands
 from raylm.errors import RaylmError, SettingsError
 from raylm.settings.loading import BOOTSTRAP_CONFIG
 

@@ -15,7 +15,7 @@ from raylm.settings.loading import BOOTSTRAP_CONFIG
 _LISTS = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
 
 
-def check_launching(cluster: ClusterFile) -> Iterator[Finding]:
+def check_commands(cluster: ClusterFile) -> Iterator[Finding]:
     """What keeps machines from joining, from scaling, or from having the versions that the job was tried with."""
     yield from _off_the_head(cluster)
     if cluster.provider == "kuberay":
