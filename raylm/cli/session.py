@@ -11,7 +11,7 @@ from pathlib import Path
 
 from raylm.auth import ensure_token, not_let_in
 from raylm.capacity import NODE_IP
-from raylm.errors import RaylmError
+from raylm.errors import RaylmError, first_line
 
 _HELPERS = {
     "ActorLocationTracker", "AutoscalingCoordinator", "AutoscalingRequester", "DataUsageCollectionActor",
@@ -51,7 +51,10 @@ def ray_session(join: bool = False, with_service: bool = False) -> Iterator[None
     try:
         ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False, **_own_machine())
     except ConnectionError as error:
-        raise RaylmError(f"there is no running Ray {where}: {str(error).splitlines()[0]}") from error
+        if _listens(address):
+            refused = ConnectionError("something listens there, but no Ray that this process may join")
+            raise not_let_in(f"Ray {where}", refused) from error
+        raise RaylmError(f"there is no running Ray {where}: {first_line(error)}") from error
     except ray.exceptions.AuthenticationError as error:
         raise not_let_in(f"Ray {where}", error) from error
     _hush_ray_data()
@@ -72,16 +75,21 @@ def _check_left_address() -> None:
     from ray._private.utils import read_ray_address
 
     left = read_ray_address()
-    if not left:
-        return
-    host, _, port = left.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except (OSError, ValueError) as error:
+    if left and not _listens(left):
         raise RaylmError(
             f"there is no running Ray at {left}, which the last `ray start` has left in {get_ray_address_file(None)}:"
             " remove that file, or say RAY_ADDRESS=local raylm …"
-        ) from error
+        )
+
+
+def _listens(address: str | None) -> bool:
+    """Whether anybody listens at an address, given as host:port."""
+    host, _, port = (address or "").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _leave_nothing() -> None:

@@ -205,12 +205,21 @@ def test_who_has_no_token_or_a_wrong_one_is_told_where_it_is_looked_for(cluster:
     ):
         code, _, err = ended(start(cluster, "status", **environment))
         assert code == 1 and said in err and "~/.ray/auth_token" in err and "Traceback" not in err, err
-    joined = subprocess.run(
-        [sys.executable, "-m", "raylm", "collect-logs"], cwd=REPOSITORY, capture_output=True, text=True, check=False,
-        env=cluster.environment | {"HOME": str(tmp_path), "RAY_ADDRESS": f"127.77.1.2:{cluster.gcs}"},
-    )  # fmt: skip
-    assert joined.returncode == 1 and "is looked for in $RAY_AUTH_TOKEN" in joined.stderr, joined.stderr
-    assert "Traceback" not in joined.stderr
+    where = f"127.77.1.2:{cluster.gcs}"
+    for environment, said in (
+        ({"HOME": str(tmp_path)}, "couldn't find an authentication token"),
+        (
+            {"RAY_AUTH_TOKEN": "9" * 64},
+            f"Ray at {where}: something listens there, but no Ray that this process may join",
+        ),
+    ):
+        joined = subprocess.run(
+            [sys.executable, "-m", "raylm", "collect-logs"],
+            env=cluster.environment | {"RAY_ADDRESS": where} | environment,
+            cwd=REPOSITORY, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert joined.returncode == 1 and said in joined.stderr, joined.stderr
+        assert "is looked for in $RAY_AUTH_TOKEN" in joined.stderr and "Traceback" not in joined.stderr
 
 
 _REFUSED = """
