@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 _TALKER = """\
 import sys, time
 for number in range(int(sys.argv[1])):
-    sys.stdout.write(f"line {number}\n")
+    sys.stdout.write(f"line {number}\\n")
     if number % 40 == 39:
         time.sleep(0.5)
 """
@@ -207,7 +207,7 @@ def test_who_has_no_token_or_a_wrong_one_is_told_where_it_is_looked_for(cluster:
         assert code == 1 and said in err and "~/.ray/auth_token" in err and "Traceback" not in err, err
     where = f"127.77.1.2:{cluster.gcs}"
     for environment, said in (
-        ({"HOME": str(tmp_path)}, "couldn't find an authentication token"),
+        ({"HOME": str(tmp_path)}, "no authentication token was found"),
         (
             {"RAY_AUTH_TOKEN": "9" * 64},
             f"Ray at {where}: something listens there, but no Ray that this process may join",
