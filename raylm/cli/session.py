@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +17,6 @@ _HELPERS = {
     "_dataset_stats_actor", "_dataset_stats_summary_actor",
 }  # fmt: skip
 """The namespaces of Ray Data's detached actors."""
-_CONNECT_TIMEOUT_S = 5.0
 
 
 @contextmanager
@@ -36,9 +34,9 @@ def ray_session(join: bool = False, with_service: bool = False) -> Iterator[None
         _use_own_token()
         # Workers that compute together all wait for the one that another process of this machine holds up.
         os.environ.setdefault("RAY_worker_niceness", "0")
-    if (join or with_service) and not address:
-        from raylm.inference.service.address import noted_service
+    from raylm.inference.service.address import listens, noted_service
 
+    if (join or with_service) and not address:
         address = noted_service() or ("auto" if join else None)
     import ray
 
@@ -51,7 +49,7 @@ def ray_session(join: bool = False, with_service: bool = False) -> Iterator[None
     try:
         ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False, **_own_machine())
     except ConnectionError as error:
-        if _listens(address):
+        if address and listens(address):
             refused = ConnectionError("something listens there, but no Ray that this process may join")
             raise not_let_in(f"Ray {where}", refused) from error
         raise RaylmError(f"there is no running Ray {where}: {first_line(error)}") from error
@@ -74,22 +72,14 @@ def _check_left_address() -> None:
     from ray._common.utils import get_ray_address_file
     from ray._private.utils import read_ray_address
 
+    from raylm.inference.service.address import listens
+
     left = read_ray_address()
-    if left and not _listens(left):
+    if left and not listens(left):
         raise RaylmError(
             f"there is no running Ray at {left}, which the last `ray start` has left in {get_ray_address_file(None)}:"
             " remove that file, or say RAY_ADDRESS=local raylm …"
         )
-
-
-def _listens(address: str | None) -> bool:
-    """Whether anybody listens at an address, given as host:port."""
-    host, _, port = (address or "").rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _leave_nothing() -> None:

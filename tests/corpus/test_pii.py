@@ -220,14 +220,14 @@ def test_time_is_linear_in_the_length(unit: str) -> None:
         return time.process_time() - start
 
     # A quadratic pattern takes minutes. Ordinary text of this length takes 5 ms; a mask for every second word, 2 s.
-    assert seconds(text) < 30
+    assert seconds(text) < 6
 
 
 @given(st.text("0123456789 .-/()+:@AaDE", min_size=1, max_size=12))
 def test_no_short_pattern_repeated_is_slow(unit: str) -> None:
     start = time.process_time()
     mask(unit * (20_000 // len(unit)), ALL)
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 2
 
 
 def test_technical_prose_has_few_false_phone_numbers(data: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,3 +147,12 @@ def home_of_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     patch.setenv("XDG_CACHE_HOME", str(cache))
     yield cache
     patch.undo()
+
+
+def wait_for_a_part(output: Path) -> None:
+    """Until a batch job has published the first chunk of an output; five minutes at most."""
+    deadline = time.monotonic() + 300
+    while not list((output.parent / f"{output.name}.raylm" / "parts").glob("*/part-*.arrow")):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.005)

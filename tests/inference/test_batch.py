@@ -31,6 +31,7 @@ from raylm.inference.workers import ChunkWorker
 from raylm.settings import Settings
 from raylm.storage import Manifest, StoragePath
 from raylm.tasks import SUMMARIZE, TRANSLATE
+from tests.inference.conftest import wait_for_a_part
 
 ONE_WORKER = Settings.model_validate({"batch": {"workers": 1}})
 
@@ -429,11 +430,10 @@ def test_a_killed_job_goes_on_where_it_stopped(
         settings, TRANSLATE, str(source), model=str(model_directory), output=str(tmp_path / "again.parquet")
     )
     assert undisturbed.metrics["chunks_reused"] == 0
-    one, other = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("t.translated", "again"))
-    assert one["text"].equals(other["text"]) and one.num_rows == 3_000
-    same = sum(a == b for a, b in zip(one["translation"].to_pylist(), other["translation"].to_pylist(), strict=True))
-    assert same >= 2_985, "sentences that are remembered leave batches of another make, which may round otherwise"
-    assert resumed.counts["answered"] == undisturbed.counts["answered"] == 3_000
+    again = (tmp_path / "again.parquet").read_bytes()
+    assert (tmp_path / "t.translated.parquet").read_bytes() == again
+    assert pq.read_table(tmp_path / "again.parquet").num_rows == 3_000
+    assert resumed.counts == undisturbed.counts
 
 
 def kill_session(driver: subprocess.Popen[bytes]) -> None:
@@ -455,13 +455,10 @@ def test_a_killed_worker_is_replaced(tmp_path: Path, model_directory: Path, sent
 
     source = tmp_path / "t.parquet"
     pq.write_table(pa.table({"text": [f"{text} {n}" for n, text in enumerate(sentences[:3_000])]}), source)
-    parts = tmp_path / "t.translated.parquet.raylm" / "parts"
     killed: list[int] = []
 
     def kill_one() -> None:
-        deadline = time.monotonic() + 300
-        while not list(parts.glob("*/part-*.arrow")) and time.monotonic() < deadline:
-            time.sleep(0.005)
+        wait_for_a_part(tmp_path / "t.translated.parquet")
         for entry in Path("/proc").iterdir():
             try:
                 if entry.name.isdigit() and b"ray::MapWorker" in (entry / "cmdline").read_bytes():

@@ -30,6 +30,7 @@ from raylm.tasks import TRANSLATE
 from tests.browser import live_page
 from tests.cluster.panels import metrics_of
 from tests.conftest import REPOSITORY
+from tests.inference.conftest import wait_for_a_part
 
 DECODE = {"compute_type": "float32"}
 
@@ -198,12 +199,9 @@ def test_a_batch_job_outlives_replicas(
     source = tmp_path / "t.parquet"
     pq.write_table(pa.table({"text": sentences[:2_000]}), source)
     wanted = Settings.model_validate({"batch": {"chunk_rows": 64, "decode": DECODE}})
-    parts = tmp_path / "served.parquet.raylm" / "parts"
 
     def kill_in_the_middle() -> None:
-        end = time.monotonic() + 120
-        while not list(parts.glob("*/part-*.arrow")) and time.monotonic() < end:
-            time.sleep(0.005)
+        wait_for_a_part(tmp_path / "served.parquet")
         os.kill(pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill_in_the_middle)

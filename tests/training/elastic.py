@@ -21,7 +21,6 @@ from typing import Any
 
 os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "1"
 
-import psutil
 import ray
 from ray.cluster_utils import Cluster
 
@@ -30,6 +29,7 @@ from raylm.training import groups
 from raylm.training.control import Follower
 from raylm.training.trainer import pretrain
 from tests.cluster.metadata import Metadata, serving
+from tests.training.runs import worker_processes
 
 groups._GROW_AFTER_S = 8.0
 SPOT = "127.88.0.3"
@@ -74,22 +74,6 @@ class Seen:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{what}: at step {self.step}, {self.starts}, {self.notes}")
             time.sleep(0.05)
-
-
-def worker_processes() -> list[psutil.Process]:
-    return [process for process in psutil.process_iter(["cmdline"]) if _is_worker(process)]
-
-
-def _is_worker(process: psutil.Process) -> bool:
-    command = " ".join(process.info["cmdline"] or [])
-    return "RayTrainWorker" in command and any(parent.pid == os.getpid() for parent in _parents(process))
-
-
-def _parents(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.parents()
-    except psutil.NoSuchProcess:
-        return []
 
 
 def disturb(cluster: Cluster, spot: Any, seen: Seen, result: dict[str, Any]) -> None:

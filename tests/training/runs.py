@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from raylm.settings import Settings
 from raylm.storage import StoragePath
@@ -30,6 +33,23 @@ def losses(run: StoragePath) -> list[float]:
 def gradient_norms(run: StoragePath) -> list[float]:
     """The norms of the gradients, before they were clipped, that a run has logged."""
     return [row["gradient_norm"] for row in read_metrics(run) if "gradient_norm" in row]
+
+
+def worker_processes() -> list[psutil.Process]:
+    """The workers of a training that this process has begun."""
+    return [process for process in psutil.process_iter(["cmdline"]) if _is_worker(process)]
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    command = " ".join(process.info["cmdline"] or [])
+    return "RayTrainWorker" in command and any(parent.pid == os.getpid() for parent in _parents(process))
+
+
+def _parents(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.parents()
+    except psutil.NoSuchProcess:
+        return []
 
 
 def on_workers(workers: int, work: Callable[[dict[str, Any]], None], storage: Path, **config: Any) -> None:

@@ -160,4 +160,4 @@ def test_the_first_batch_is_there_at_once_anywhere_in_a_million_sequences(tmp_pa
                 assert [rows[int(index)][0] for index in batch.indices] == [
                     int(index) * length % (1 << 16) for index in batch.indices
                 ]
-        assert time.process_time() - start < 30  # to read what lies before would take many minutes
+        assert time.process_time() - start < 5

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -22,7 +21,7 @@ from raylm.training.runs import run_directory
 from raylm.training.telemetry import read_metrics
 from raylm.training.trainer import pretrain
 from tests.conftest import REPOSITORY
-from tests.training.runs import changed, losses
+from tests.training.runs import changed, losses, worker_processes
 
 
 def disturbed(settings: Settings, name: str, **values: object) -> Settings:
@@ -104,12 +103,8 @@ def test_a_worker_that_does_not_answer_is_given_up(
     def silence() -> None:
         while not checkpoints.checkpoints(run):
             time.sleep(0.2)
-        workers: list[psutil.Process] = []
-        while not workers:
-            for child in psutil.Process().children(recursive=True):
-                with suppress(psutil.Error):  # others come and go
-                    if "RayTrainWorker" in " ".join(child.cmdline()):
-                        workers.append(child)
+        while not (workers := worker_processes()):
+            time.sleep(0.2)
         stopped.append(workers[-1].pid)
         os.kill(workers[-1].pid, signal.SIGSTOP)
 

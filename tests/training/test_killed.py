@@ -22,4 +22,4 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been() -> None:
     with prepared(corpus, model={"config": SMALL_MODEL}) as settings:
         steps, apart = endured(settings, stage=3, kills=1, chance=random.Random(2))
     assert steps > 50  # it was killed after a checkpoint
-    assert apart <= 1e-5
+    assert apart <= 1e-6

@@ -60,6 +60,6 @@ def test_muon_learns_at_every_stage(small_settings: Settings, corpus: StoragePat
     for stage in stages:
         whole, broken = (losses(StoragePath(str(tmp_path / f"{name}-{stage}"))) for name in ("whole", "broken"))
         assert whole[-1] < whole[0] - 0.05, stage
-        assert broken == pytest.approx(whole, abs=1e-4), stage
+        assert broken == pytest.approx(whole, abs=1e-5), stage
         if stage:  # without ZeRO, gradients are clipped before they are made orthogonal
             assert whole == pytest.approx(losses(StoragePath(str(tmp_path / "whole-1"))), abs=1e-4), stage

@@ -188,5 +188,5 @@ def test_memory_is_the_peak_of_this_process() -> None:
     held = psutil.Process().memory_info().rss / 1e9
     peak = peak_memory_gb(torch.device("cpu"))
     assert peak is not None
-    assert peak >= held * 0.99  # the kernel counts pages in batches
+    assert peak >= held
     assert peak <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1_024 / 1e9 * 1.05

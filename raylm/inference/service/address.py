@@ -7,7 +7,7 @@ import socket
 
 from raylm.storage import StoragePath, cache_directory
 
-_CONNECT_TIMEOUT_S = 2.0
+_CONNECT_TIMEOUT_S = 5.0
 _AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
 
 
@@ -33,14 +33,21 @@ def noted_service() -> str | None:
     if not note.is_file():
         return None
     said = note.read_json()
-    host, _, port = said["ray"].rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except OSError:  # the process ended without a word
+    if not listens(said["ray"]):  # the process ended without a word
         return None
     for name, value in said["environment"].items():
         os.environ.setdefault(name, value)
     return str(said["ray"])
+
+
+def listens(address: str) -> bool:
+    """Whether anybody listens at an address, given as host:port; nobody does at what is none."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _note() -> StoragePath:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray import serve
@@ -24,10 +25,10 @@ from raylm.inference.service.replicas import APPLICATION, MODEL
 from raylm.settings import DecodeSettings
 from raylm.tasks import Task
 
+T = TypeVar("T")
+
 _TIMEOUT_S = 3_600.0
 """For rows of a batch job, which may wait behind others."""
-_TRIES = 2
-"""Replicas that rows may stop, asked about by themselves, before they are taken apart."""
 _PATIENCE_S = 300.0
 """How long a batch job waits for a service that has no place or no replica."""
 
@@ -90,11 +91,8 @@ class ServiceClient:
                 return self._ask_alone(rows, prompt)
 
     def _ask_alone(self, rows: Sequence[Row], prompt: Prompt) -> list[Output]:
-        for _ in range(_TRIES):
-            try:
-                return self._ask(rows, prompt)
-            except RayActorError:
-                continue
+        with suppress(RayActorError):
+            return _again(lambda: self._ask(rows, prompt))
         if len(rows) == 1:
             return [Output(None, STOPPED_WORKER)]
         middle = len(rows) // 2
@@ -105,8 +103,11 @@ class ServiceClient:
         return outputs
 
 
-def _again(ask: Callable[[], Any]) -> Any:
-    """The answer to what stops no replica, asked for once more where one ends meanwhile."""
+def _again(ask: Callable[[], T]) -> T:
+    """An answer, asked for once more where the replica ends before it replies.
+
+    :raises RayActorError: so did the second one.
+    """
     try:
         return ask()
     except RayActorError:
