@@ -61,9 +61,9 @@ def test_machines_go_and_come_and_no_step_is_lost(
     # Each group begins at the very step where the one before it paused; the killed one's lost its interval at most.
     for pause, start in zip(pauses[:-1], result["starts"][1:], strict=False):
         assert pause.startswith(f"step {start['step']}:")
-    assert result["step_at_kill"] - result["starts"][-1]["step"] <= 600  # and what came while a checkpoint was written
-    assert result["after_notice_s"] < 180  # until the machine goes
-    assert result["after_kill_s"] < 180
+    assert result["step_at_kill"] - result["starts"][-1]["step"] <= 500
+    assert result["after_notice_s"] < 60
+    assert result["after_kill_s"] < 60
 
     run = run_directory(settings, "elastic")
     [*_, last] = checkpoints.checkpoints(run)
